@@ -1,0 +1,19 @@
+"""Isocenter's concepts, each once, in reading order.
+
+config      RunConfig and load_config: what a run is
+seeding     where every random number comes from
+data        what a site holds: manifest, bids, volumes, site, views, sampling
+models      encoders, projector, classifier
+losses      objectives on two views, and FairKL
+moments     what sites exchange to compute FairKL across sites
+training    the one local loop, and pretraining
+finetuning  encoder and head on labelled scans
+privacy     hardening of what leaves a site
+exchange    what crosses the wire
+checkpoint  weights on disk
+evaluation  site-effect removal, probes, intervals
+report      evaluations to a page
+cli         the console script
+"""
+
+__version__ = "0.1.0"

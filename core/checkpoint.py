@@ -1,0 +1,83 @@
+"""Checkpoints: safetensors with the configuration, round and versions beside the weights; written atomically; never pickle."""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from core import __version__
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model at the end of a round.
+
+    Attributes:
+        state: weights by name.
+        stage: ``pretrain`` or a stage of fine-tuning.
+        round_number: rounds done; 0 is the model before training.
+        config: the run's configuration, without folders.
+    """
+
+    state: dict[str, Tensor]
+    stage: str
+    round_number: int
+    config: dict[str, Any]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves either the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write ``<stage>-<round>.safetensors`` and drop all but the last ``keep`` of that stage; the same bytes for the same run."""
+    about = {
+        "stage": checkpoint.stage,
+        "round": checkpoint.round_number,
+        "config": checkpoint.config,
+        "versions": {"isocenter": __version__, "torch": version("torch").partition("+")[0]},
+    }
+    # One entry: safetensors writes several in an order of its own, different in every process.
+    metadata = {"isocenter": json.dumps(about, sort_keys=True)}
+    path = folder / f"{checkpoint.stage}-{checkpoint.round_number:04d}.safetensors"
+    write_atomically(path, save({name: value.contiguous() for name, value in checkpoint.state.items()}, metadata))
+    pattern = re.compile(rf"{re.escape(checkpoint.stage)}-\d{{4,}}\.safetensors")
+    for old in sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint back.
+
+    Raises:
+        ValueError: the file is no checkpoint of Isocenter.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "isocenter" not in metadata:
+            raise ValueError(f"checkpoint: {path.name} must be one of Isocenter's, got the metadata {sorted(metadata)}.")
+        state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    about = json.loads(metadata["isocenter"])
+    return Checkpoint(state, about["stage"], about["round"], about["config"])
+
+
+def load_strictly(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load every weight or stop: a name missing or left over is an error."""
+    model.load_state_dict(dict(state), strict=True)

@@ -1,0 +1,262 @@
+"""The run's configuration: composed by Hydra from ``configs/``, closed by a typed schema before any scan is read."""
+
+import difflib
+import re
+import shlex
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from core.data.views import ViewPolicy
+from core.data.volumes import VolumeSettings
+from core.losses import OBJECTIVES, Objective
+from core.losses.fairkl import FairKL
+from core.models import EncoderChoice
+from core.moments import MomentPolicy
+from core.privacy import PrivacyChoice
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+_hydra_is_process_wide = threading.Lock()
+
+SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+Positive = Annotated[float, Field(gt=0, lt=float("inf"))]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; one line that says what to change."""
+
+
+class Closed(BaseModel):
+    """A frozen set of keys: an unknown one is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
+
+
+class DataConfig(Closed):
+    """What the sites hold and the grid it is brought to."""
+
+    name: str
+    root: Path | None
+    suffix: str
+    pretrain_sites: tuple[SiteName, ...] | None
+    target_sites: tuple[SiteName, ...] | None
+    voxel_size_mm: Positive
+    shape: tuple[Count, Count, Count]
+    normalisation: Literal["robust", "none"]
+    split_seed: int
+
+    def volume_settings(self) -> VolumeSettings:
+        """The grid and normalisation of the volumes."""
+        return VolumeSettings(voxel_size_mm=self.voxel_size_mm, shape=self.shape, normalisation=self.normalisation)
+
+
+class DebiasConfig(Closed):
+    """FairKL against site and scanner, or none."""
+
+    name: Literal["fairkl", "none"]
+    weight: Annotated[float, Field(ge=0, lt=1e6)] = 0.0
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    bandwidth_years: Positive = 5.0
+    space: Literal["h", "z"] = "h"
+    exchange_every: Annotated[int, Field(ge=0)] = 0
+    bin_years: Positive = 5.0
+
+    @model_validator(mode="after")
+    def _weighs_something(self) -> "DebiasConfig":
+        if (self.name == "none") != (self.weight == 0):
+            raise ValueError("weight must be positive with fairkl and absent with none; use debias=none to switch off")
+        return self
+
+    def weight_in_round(self, round_number: int) -> float:
+        """The weight of FairKL: 0 in the warm-up, then rising linearly over as many rounds again."""
+        return self.weight * min(1.0, max(0, round_number - self.warmup_rounds) / max(1, self.warmup_rounds))
+
+    def exchanges_in_round(self, round_number: int) -> bool:
+        """Whether sites exchange moments before this round: with the first weighted round and every few after."""
+        since = round_number - self.warmup_rounds - 1
+        return self.weight > 0 and self.exchange_every > 0 and since >= 0 and since % self.exchange_every == 0
+
+    def fairkl(self) -> FairKL:
+        """The loss."""
+        return FairKL(bandwidth_years=self.bandwidth_years)
+
+
+class StrategyConfig(Closed):
+    """How the server waits, averages and keeps."""
+
+    name: Literal["fedavg"]
+    min_sites: Count | None
+    round_timeout_s: Positive
+    wait_for_sites_s: Positive
+    keep_checkpoints: Count
+
+
+class FinetuneConfig(Closed):
+    """Fine-tuning at the target sites."""
+
+    stages: tuple[Literal["linear_probe", "full_finetuning", "from_scratch"], ...]
+    num_rounds: Annotated[int, Field(ge=0)]
+    local_steps: Count
+    batch_size: Count
+    learning_rate: Positive
+    head_learning_rate: Positive
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
+class SimulationConfig(Closed):
+    """The policy of virtual sites; no real site reads it."""
+
+    min_group: Count
+    diagonal_subjects: Count
+    covariance_subjects_per_feature: Count
+    round_counts_to: Count
+    share_per_scan: bool
+
+    def moment_policy(self) -> MomentPolicy:
+        """What a virtual site sends about a group."""
+        return MomentPolicy(**self.model_dump(exclude={"share_per_scan"}))
+
+
+def _objective(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    settings = dict(value)
+    name = settings.pop("name", None)
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}")
+    unknown = set(settings) - set(OBJECTIVES[name].__dataclass_fields__)
+    if unknown:
+        raise ValueError(f"objective {name} has no setting {min(unknown)!r}")
+    return TypeAdapter(OBJECTIVES[name]).validate_python(settings)
+
+
+class RunConfig(Closed):
+    """One run, complete and checked."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    seed: Annotated[int, Field(ge=0)]
+    output: Path | None
+    num_rounds: Count
+    local_steps: Count
+    batch_size: Annotated[int, Field(ge=2)]
+    learning_rate: Positive
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_rounds: Annotated[int, Field(ge=0)]
+    embedding_size: Annotated[int, Field(ge=2, le=4096)]
+    data: DataConfig
+    encoder: Annotated[EncoderChoice, Field(discriminator="name")]
+    objective: Annotated[Objective, BeforeValidator(_objective)]
+    debias: DebiasConfig
+    views: ViewPolicy
+    strategy: StrategyConfig
+    privacy: Annotated[PrivacyChoice, Field(discriminator="name")]
+    finetune: FinetuneConfig
+    simulation: SimulationConfig
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if self.warmup_rounds >= self.num_rounds:
+            raise ValueError(f"warmup_rounds must be less than num_rounds, got {self.warmup_rounds} and {self.num_rounds}")
+        if self.debias.weight > 0 and self.debias.warmup_rounds >= self.num_rounds:
+            raise ValueError(
+                f"debias.warmup_rounds must be less than num_rounds, got {self.debias.warmup_rounds} and {self.num_rounds}"
+            )
+        if self.finetune.stages and not self.finetune.num_rounds:
+            raise ValueError("finetune.num_rounds must be at least 1 when there are stages, got 0")
+        return self
+
+
+def _keys(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in tree.items():
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            keys += _keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """Hydra's complaint as one line, with the nearest names that exist."""
+    text = " ".join(str(error).split())
+    if match := re.search(r"Could not find '([\w/.-]+)'", text):
+        wrong = match[1]
+        group, _, name = wrong.rpartition("/")
+        names = [path.stem for path in sorted((CONFIGS / group).glob("*.yaml"))]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
+        return f"config: {group or 'name'} must be one of {names}, got {name!r}; nearest: {', '.join(near)}."
+    wanted = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    known = _keys(compose_plain(()))
+    for key in wanted:
+        if key not in known and key.partition("@")[0] not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+            # A bare key is often the last part of a dotted one: "root" for "data.root".
+            near += [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2] and name not in near]
+            return f"config: an override must name a known key, got {key!r}; nearest: {', '.join(near) or 'none'}."
+    return f"config: {text}"
+
+
+def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose ``configs/run.yaml`` with the overrides to a plain dictionary, not yet checked."""
+    with _hydra_is_process_wide:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+            composed = OmegaConf.to_container(compose("run", overrides=list(overrides)), resolve=True)
+    if not isinstance(composed, dict):
+        raise ConfigError("config: configs/run.yaml must hold keys.")
+    return {str(key): value for key, value in composed.items()}
+
+
+def load_config(overrides: str | Sequence[str] = ()) -> RunConfig:
+    """The checked configuration of a run.
+
+    Args:
+        overrides: Hydra overrides, as a list or as one string that a shell would split, e.g. ``"objective=ntxent seed=1"``.
+
+    Raises:
+        ConfigError: unknown key or name, wrong type, value out of range, or keys that do not fit together; one line.
+    """
+    parts = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    try:
+        plain = compose_plain(parts)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, parts)) from None
+    missing = [key for key in _keys(plain) if _at(plain, key) == "???"]
+    if missing:
+        raise ConfigError(f"config: {missing[0]} must be given, got nothing. Add {missing[0]}=... to the overrides.")
+    try:
+        return RunConfig.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # A choice by name puts the name behind its key: encoder.small.width is encoder.width to the user.
+        where = ".".join(str(part) for part in first["loc"] if part not in ("small", "none", "clip_and_noise")) or "overrides"
+        given = f", got {first['input']!r}" if not isinstance(first["input"], Mapping) else ""
+        if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            near = difflib.get_close_matches(where, _keys(compose_plain(())), n=3, cutoff=0.4)
+            raise ConfigError(f"config: {where} is no known key; nearest: {', '.join(near) or 'none'}.") from None
+        what = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise ConfigError(f"config: {where}: {what}{'' if ', got ' in what else given}.") from None
+
+
+def _at(tree: Mapping[str, Any], key: str) -> Any:
+    value: Any = tree
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """The configuration without the folders of this machine, ready for JSON: what checkpoints and reports carry."""
+    plain = config.model_dump(mode="json")
+    del plain["output"], plain["data"]["root"]
+    names = {constructor: name for name, constructor in OBJECTIVES.items()}
+    plain["objective"] = {"name": names[type(config.objective)], **plain["objective"]}
+    return plain

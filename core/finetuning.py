@@ -1,0 +1,73 @@
+"""Encoder and head on labelled scans: linear probe, full fine-tuning, from scratch."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from core.config import RunConfig
+from core.data.sampling import subject_batches
+from core.data.site import SiteData
+from core.data.views import apply, draw
+from core.models import Classifier
+from core.seeding import generator, seed
+from core.training import TrainResult, learning_rate, take_steps
+
+Stage = Literal["linear_probe", "full_finetuning", "from_scratch"]
+CLASSES = ("control", "patient")
+
+
+def diagnosis_codes(data: SiteData) -> Tensor:
+    """(N,) class of each scan: 0 control, 1 patient."""
+    return torch.tensor([CLASSES.index(scan.diagnosis) for scan in data.scans])
+
+
+def finetuning_losses(
+    model: Classifier, data: SiteData, config: RunConfig, stage: Stage, round_number: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Cross-entropy of each local step of a round, classes weighted alike; a linear probe sees the scans as they are."""
+    purpose = (stage, data.site, round_number)
+    batches = subject_batches(
+        [scan.subject for scan in data.scans],
+        batch_size=config.finetune.batch_size,
+        num_batches=config.finetune.local_steps,
+        generator=generator(config.seed, "batches", *purpose),
+    )
+    view_generator = generator(config.seed, "views", *purpose)
+    labels = diagnosis_codes(data)
+    weights = (len(labels) / (2 * labels.bincount(minlength=2).clamp_min(1))).to(device)
+    for batch in batches:
+        volumes_N1XYZ = data.volumes(batch, device)
+        if stage == "linear_probe":
+            with torch.no_grad():
+                h_NF = model.encoder(volumes_N1XYZ)
+            logits_NC = model.head(h_NF)
+        else:
+            drawn = draw(config.views, len(batch), config.data.shape, view_generator)
+            logits_NC = model(apply(volumes_N1XYZ, drawn))
+        yield {"cross_entropy": torch.nn.functional.cross_entropy(logits_NC, labels[batch].to(device), weights)}
+
+
+def finetune(
+    model: Classifier, data: SiteData, config: RunConfig, *, stage: Stage, round_number: int, device: torch.device
+) -> TrainResult:
+    """A round's local steps on one site's labelled scans; the model is trained in place.
+
+    Raises:
+        NotFiniteError: a loss was NaN or infinite.
+    """
+    torch.manual_seed(seed(config.seed, stage, data.site, round_number))
+    chosen = config.finetune
+    decline = learning_rate(1.0, round_number, chosen.num_rounds, warmup_rounds=0)
+    groups = [{"params": model.head.parameters(), "lr": decline * chosen.head_learning_rate}]
+    if stage != "linear_probe":
+        groups.append({"params": model.encoder.parameters(), "lr": decline * chosen.learning_rate})
+    model.train()
+    losses = finetuning_losses(model, data, config, stage, round_number, device)
+    metrics = take_steps(
+        losses,
+        torch.optim.AdamW(groups, weight_decay=chosen.weight_decay),
+        f"site {data.site}, {stage}, round {round_number}",
+    )
+    return TrainResult(dict(model.state_dict()), len(data), metrics)

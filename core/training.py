@@ -1,0 +1,149 @@
+"""The one local loop: pretraining and fine-tuning, federated, pooled and local-only all take their steps here.
+
+Shape legend: N scans in a batch, R = 2 N rows (first views, then second views), F features of h, D of z.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from core.config import RunConfig
+from core.data.sampling import subject_batches
+from core.data.site import SiteData
+from core.data.views import apply, draw
+from core.losses.contrastive import two_views
+from core.models import Pretrainer
+from core.moments import GroupMoments
+from core.seeding import generator, seed
+
+
+class NotFiniteError(RuntimeError):
+    """A loss left the numbers. The text names no scan and may leave the site."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a site's local steps gave.
+
+    Attributes:
+        state: the trained weights.
+        num_scans: scans the site trained on, its weight in the average.
+        metrics: mean over the local steps of every term, by name.
+    """
+
+    state: dict[str, Tensor]
+    num_scans: int
+    metrics: dict[str, float]
+
+
+def learning_rate(base: float, round_number: int, num_rounds: int, warmup_rounds: int) -> float:
+    """Linear rise over the warm-up rounds, then half a cosine down; rounds count from 1."""
+    if round_number <= warmup_rounds:
+        return base * round_number / (warmup_rounds + 1)
+    progress = (round_number - 1 - warmup_rounds) / max(1, num_rounds - warmup_rounds)
+    return base * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def take_steps(losses: Iterator[dict[str, Tensor]], optimiser: torch.optim.Optimizer, where: str) -> dict[str, float]:
+    """One optimiser step for each set of weighted loss terms drawn; the mean of every term, and of their sum as ``loss``."""
+    sums: dict[str, Tensor] = {}
+    steps = 0
+    for terms in losses:
+        total = torch.stack(list(terms.values())).sum()
+        if not total.isfinite():
+            raise NotFiniteError(
+                f"{where}, local step {steps + 1}: the loss must be finite, got "
+                f"{ {name: float(value) for name, value in terms.items()} }. Lower learning_rate or debias.weight."
+            )
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(total)
+        optimiser.step()
+        steps += 1
+        for name, value in {"loss": total, **terms}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+    return {name: float(value) / steps for name, value in sums.items()}
+
+
+def pretraining_losses(
+    model: Pretrainer,
+    data: SiteData,
+    config: RunConfig,
+    round_number: int,
+    device: torch.device,
+    remote: GroupMoments | None,
+) -> Iterator[dict[str, Tensor]]:
+    """Objective and FairKL of each local step of a round."""
+    batches = subject_batches(
+        [scan.subject for scan in data.scans],
+        batch_size=config.batch_size,
+        num_batches=config.local_steps,
+        generator=generator(config.seed, "batches", data.site, round_number),
+    )
+    view_generator = generator(config.seed, "views", data.site, round_number)
+    ages, scanners = data.ages().to(device), data.scanner_codes().to(device)
+    num_subjects = len({scan.subject for scan in data.scans})
+    weight = config.debias.weight_in_round(round_number)
+    for batch in batches:
+        volumes_N1XYZ = data.volumes(batch, device)
+        drawn = [draw(config.views, len(batch), config.data.shape, view_generator) for _ in range(2)]
+        views = [apply(volumes_N1XYZ, view) for view in drawn]
+        h_RF, z_RD = model(torch.cat(views))
+        z1_ND, z2_ND = z_RD.chunk(2)
+        age_N = ages[batch]
+        terms = {"objective": config.objective(z1_ND, z2_ND, {"age_years": age_N})}
+        if weight > 0:
+            rows = two_views(*(h_RF if config.debias.space == "h" else z_RD).chunk(2))
+            scan_R = torch.arange(len(batch), device=device).repeat(2)
+            divergence = config.debias.fairkl()(
+                rows, age_N.repeat(2), scanners[batch].repeat(2), scan_R, remote, len(batch) / num_subjects
+            )
+            terms["fairkl"] = weight * divergence
+        yield terms
+
+
+def pretrain(
+    model: Pretrainer,
+    data: SiteData,
+    config: RunConfig,
+    *,
+    round_number: int,
+    device: torch.device,
+    remote: GroupMoments | None = None,
+) -> TrainResult:
+    """A round's local steps on one site's scans; the model is trained in place.
+
+    The optimiser starts afresh every round, so a round depends on nothing but the weights it receives: sites keep no state,
+    and a resumed run equals one never stopped.
+
+    Args:
+        model: encoder and projector with the round's weights, on ``device``.
+        data: the site's scans.
+        config: the run's.
+        round_number: counts from 1.
+        device: where to compute.
+        remote: moments of the other sites' groups, for FairKL across sites.
+
+    Raises:
+        NotFiniteError: a loss was NaN or infinite.
+    """
+    torch.manual_seed(seed(config.seed, "pretrain", data.site, round_number))
+    rate = learning_rate(config.learning_rate, round_number, config.num_rounds, config.warmup_rounds)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay)
+    model.train()
+    losses = pretraining_losses(model, data, config, round_number, device, remote)
+    metrics = take_steps(losses, optimiser, f"site {data.site}, round {round_number}")
+    return TrainResult(dict(model.state_dict()), len(data), metrics)
+
+
+@torch.no_grad()
+def embed(model: nn.Module, data: SiteData, device: torch.device, *, batch_size: int = 32) -> tuple[Tensor, ...]:
+    """Outputs of the model in evaluation mode for each scan as it is, without views, on the CPU; one tensor an output."""
+    model.eval()
+    outputs: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(data), batch_size):
+        result = model(data.volumes(range(start, min(start + batch_size, len(data))), device))
+        outputs.append(result if isinstance(result, tuple) else (result,))
+    return tuple(torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))

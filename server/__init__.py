@@ -1,0 +1,1 @@
+"""What runs at the coordinator: app (Flower's ServerApp), strategy (rounds: order, checks, quorum, checkpoint)."""

@@ -1,0 +1,302 @@
+"""Flower's ServerApp: a run from the first site's hello to the report, read top-down."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from flwr.app import ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from core.checkpoint import Checkpoint, load_strictly, save_checkpoint
+from core.config import ConfigError, RunConfig, describe, load_config
+from core.evaluation.embeddings import Embeddings
+from core.evaluation.intervals import Evaluation, write_metrics
+from core.evaluation.probes import chance_and_floor, evaluate, evaluate_predictions
+from core.exchange import ExchangeError, State, content, fingerprint, pack, unpack, unpack_embeddings
+from core.models import build_classifier, build_pretrainer
+from core.report import RunRecord, write_report
+from server.strategy import Node, RunError, SiteRounds, ask, reasons
+
+log = logging.getLogger("isocenter")
+app = ServerApp()
+
+MIN_CONTRAST_SUBJECTS = 4
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Carry out the run; what stops it is told in the log before Flower calls the run failed."""
+    speak()
+    try:
+        carry_out(grid, context)
+    except (RunError, ConfigError, ExchangeError) as error:
+        log.error("stopped: %s", error)
+        raise
+
+
+def carry_out(grid: Grid, context: Context) -> None:
+    """Pretrain, fine-tune, evaluate, report."""
+    config = load_config(str(context.run_config.get("overrides", "")))
+    folder = new_run_folder(config)
+    nodes = wait_for_sites(grid, config)
+    pretraining, targets = choose_sites(nodes, config)
+
+    model = build_pretrainer(config.encoder, config.embedding_size, config.seed)
+    untrained = {name: value.clone() for name, value in model.state_dict().items()}
+    save_checkpoint(folder / "checkpoints", Checkpoint(untrained, "untrained", 0, describe(config)), keep=1)
+    features = model.encoder.num_features if config.debias.space == "h" else config.embedding_size
+    pretrained = rounds(grid, SiteRounds(config, "pretrain", pretraining, untrained, folder, features), untrained)
+
+    maps: dict[str, Embeddings] = {}
+    results = Results()
+    for stage, state in (("untrained", untrained), ("pretrained", pretrained)):
+        log.info("evaluating the %s encoder on held-out subjects", stage)
+        embeddings = collect_embeddings(grid, {**pretraining, **targets}, state, config, results)
+        if embeddings is not None:
+            maps[stage] = embeddings
+            probe(embeddings, stage, set(pretraining.values()), config, results)
+
+    for stage in config.finetune.stages if targets else ():
+        classifier = build_classifier(config.encoder, 2, config.seed)
+        if stage != "from_scratch":
+            encoder = {k.removeprefix("encoder."): v for k, v in pretrained.items() if k.startswith("encoder.")}
+            load_strictly(classifier.encoder, encoder)
+        initial = {name: value.clone() for name, value in classifier.state_dict().items()}
+        finetuned = rounds(grid, SiteRounds(config, stage, targets, initial, folder), initial)
+        score_predictions(grid, targets, finetuned, stage, config, results)
+
+    finish(folder, config, nodes, pretraining, targets, maps, results)
+
+
+@dataclass
+class Results:
+    """What the evaluation of a run found, and why something is missing."""
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, found: tuple[list[Evaluation], list[str]]) -> None:
+        """Take in evaluations and notes."""
+        self.evaluations += found[0]
+        self.notes += [note for note in found[1] if note not in self.notes]
+
+
+class MarkedLines(logging.Formatter):
+    """Every line begins with our mark, by which the launcher tells it from Flower's own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, marked."""
+        return "\n".join(f"isocenter| {line}" for line in record.getMessage().splitlines())
+
+
+def speak() -> None:
+    """Send our lines to standard output, where Flower picks them up for `flwr run --stream`."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(MarkedLines())
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+def new_run_folder(config: RunConfig) -> Path:
+    """The run's folder, which must not hold an earlier run."""
+    root = config.output or Path.home() / "isocenter-runs"
+    folder = root / config.name
+    if (folder / "rounds.jsonl").exists():
+        raise RunError(f"run {config.name}: its folder must not hold an earlier run. Choose another name=... or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    log.info("results go to %s", folder)
+    return folder
+
+
+def wait_for_sites(grid: Grid, config: RunConfig) -> list[Node]:
+    """Every connected site, in the order of their names, once as many are connected as the run needs.
+
+    Raises:
+        RunError: too few connected in time, a site could not open its data, or two nodes call themselves the same.
+    """
+    wanted = {*(config.data.pretrain_sites or ()), *(config.data.target_sites or ())}
+    needed = max(len(wanted), config.strategy.min_sites or 1)
+    deadline = time.monotonic() + config.strategy.wait_for_sites_s
+    connected = 0
+    while len(node_ids := sorted(grid.get_node_ids())) < needed:
+        if len(node_ids) != connected or not connected:
+            connected = len(node_ids)
+            log.info("waiting for sites: %d of %d connected", connected, needed)
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did. "
+                "Start the missing SuperNodes, or name fewer in data.pretrain_sites and data.target_sites."
+            )
+        time.sleep(1)
+    log.info("%d sites connected; they read and check their scans", len(node_ids))
+    task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
+    unnamed = {node: f"node {node}" for node in node_ids}
+    answers, failures = ask(grid, unnamed, "query.describe", lambda _: task, config.strategy.round_timeout_s)
+    if failures:
+        raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
+    nodes = [
+        Node(node, str(about["site"]), dict(about))
+        for node in node_ids
+        for about in [answers[unnamed[node]].config_records["config"]]
+    ]
+    names = [node.site for node in nodes]
+    if len(set(names)) < len(names):
+        raise RunError(f"sites: every node must have a name of its own, got {sorted(names)}. Mend --node-config.")
+    if missing := wanted - set(names):
+        raise RunError(f"sites: {sorted(missing)} must be connected, got {sorted(names)}. Start them or mend data.*_sites.")
+    return sorted(nodes, key=lambda node: node.site)
+
+
+def choose_sites(nodes: list[Node], config: RunConfig) -> tuple[dict[int, str], dict[int, str]]:
+    """Node numbers and names of the pretraining sites and of the target sites.
+
+    Raises:
+        RunError: a pretraining site has too few healthy subjects for a contrast, or a target site one class only.
+    """
+    data = config.data
+    pretraining = [node for node in nodes if data.pretrain_sites is None or node.site in data.pretrain_sites]
+    targets = [node for node in nodes if data.target_sites is None or node.site in data.target_sites]
+    for node in pretraining:
+        if int(str(node.about["healthy-train-subjects"])) < MIN_CONTRAST_SUBJECTS:
+            raise RunError(
+                f"site {node.site}: healthy training subjects must be at least {MIN_CONTRAST_SUBJECTS} to contrast, "
+                f"got {node.about['healthy-train-subjects']}. Leave it out with data.pretrain_sites=[...]."
+            )
+    if data.target_sites is None:
+        targets = [node for node in targets if node.about["classes-in-train"] == 2]
+    for node in targets if config.finetune.stages else ():
+        if node.about["classes-in-train"] != 2:
+            raise RunError(
+                f"site {node.site}: a target site must hold patients and controls, it has "
+                f"{node.about['classes-in-train']} of these. Leave it out with data.target_sites=[...]."
+            )
+    if config.debias.weight > 0 and config.debias.exchange_every == 0:
+        alone = [node.site for node in pretraining if node.about["scanners"] == 1]
+        if alone:
+            log.warning("FairKL is exactly zero at one-scanner sites without exchange: %s", ", ".join(alone))
+    log.info("pretraining at %s", ", ".join(node.site for node in pretraining))
+    log.info("fine-tuning at %s", ", ".join(node.site for node in targets) or "no site")
+    return {node.node_id: node.site for node in pretraining}, {node.node_id: node.site for node in targets}
+
+
+def rounds(grid: Grid, strategy: SiteRounds, initial: State) -> State:
+    """All rounds of a stage from an initial state to the final one."""
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=pack(initial)[0],
+        num_rounds=strategy.num_rounds,
+        timeout=strategy.config.strategy.round_timeout_s,
+    )
+    return unpack(result.arrays, strategy.layout)
+
+
+def collect_embeddings(
+    grid: Grid, nodes: Mapping[int, str], state: State, config: RunConfig, results: Results
+) -> Embeddings | None:
+    """Representations from the sites that share them; the others are named in the notes."""
+    arrays, layout = pack(state)
+    task = content(arrays=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
+    answers, failures = ask(grid, nodes, "query.embed", lambda _: task, config.strategy.round_timeout_s)
+    note_refusals(failures, results)
+    parts = []
+    for site, answer in answers.items():
+        parts.append(unpack_embeddings(answer.array_records["embeddings"]))
+        if set(parts[-1].site.tolist()) != {site}:
+            raise RunError(f"site {site}: embeddings must be its own, got another site's name. Ask the site for its log.")
+    return Embeddings.concatenate(parts) if parts else None
+
+
+def score_predictions(
+    grid: Grid, nodes: Mapping[int, str], state: State, stage: str, config: RunConfig, results: Results
+) -> None:
+    """Score a fine-tuned classifier on the test scans of the sites that share their scores."""
+    arrays, layout = pack(state)
+    task = content(arrays=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
+    answers, failures = ask(grid, nodes, "query.predict", lambda _: task, config.strategy.round_timeout_s)
+    note_refusals(failures, results)
+    if answers:
+        columns = {
+            site: {k: v.numpy() for k, v in answer.array_records["predictions"].items()} for site, answer in answers.items()
+        }
+        joined = {name: np.concatenate([column[name] for column in columns.values()]) for name in ("label", "score", "subject")}
+        site = np.concatenate([np.full(len(column["label"]), name) for name, column in columns.items()])
+        found = evaluate_predictions(
+            joined["label"], joined["score"], joined["subject"], site, stage=stage, regime="federated", seed=config.seed
+        )
+        results.add(found)
+
+
+def note_refusals(failures: Mapping[str, tuple[str, str]], results: Results) -> None:
+    """A site that keeps its scans' results at home is noted; any other failure stops the run."""
+    broken = {site: failure for site, failure in failures.items() if failure[0] != "policy"}
+    if broken:
+        raise RunError(f"evaluation: every site must answer, {len(broken)} did not.{reasons(broken)}")
+    results.add(([], [f"{site}: {text}" for site, (_, text) in failures.items()]))
+
+
+def probe(embeddings: Embeddings, stage: str, pretraining: set[str], config: RunConfig, results: Results) -> None:
+    """Site, scanner and age at the pretraining sites, age at sites never seen, diagnosis and sex everywhere."""
+    results.add(evaluate(embeddings, stage=stage, regime="federated", seed=config.seed, known_sites=pretraining))
+    if stage == "pretrained":
+        seen = embeddings.select(np.isin(embeddings.site, sorted(pretraining)))
+        results.add(chance_and_floor(seen, regime="federated", seed=config.seed))
+
+
+def finish(
+    folder: Path,
+    config: RunConfig,
+    nodes: list[Node],
+    pretraining: Mapping[int, str],
+    targets: Mapping[int, str],
+    maps: Mapping[str, Embeddings],
+    results: Results,
+) -> None:
+    """Write metrics.json and the report, and log the summary table."""
+    write_metrics(folder / "metrics.json", results.evaluations)
+    for stage, embeddings in maps.items():
+        embeddings.save(folder / f"embeddings-{stage}.npz")
+    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    sites = [
+        {
+            "name": node.site,
+            "scans": node.about["scans"],
+            "subjects": node.about["subjects"],
+            "scanners": node.about["scanners"],
+            "role": " and ".join(
+                role for role, chosen in (("pretraining", pretraining), ("target", targets)) if node.node_id in chosen
+            ),
+            "problems": dict(str(entry).split("=") for entry in cast(list[str], node.about["problems"])),
+        }
+        for node in nodes
+    ]
+    record = RunRecord(
+        name=config.name,
+        config=describe(config),
+        status="finished",
+        sites=sites,
+        rounds=[json.loads(line) for line in lines],
+        evaluations=results.evaluations,
+        maps=dict(maps),
+        notes=results.notes,
+    )
+    report = write_report(folder, record)
+    for line in summary(results.evaluations):
+        log.info("%s", line)
+    log.info("report: %s", report)
+
+
+def summary(evaluations: list[Evaluation]) -> list[str]:
+    """The figures over all sites as aligned lines."""
+    return [f"{'stage':<18}{'task':<11}{'metric':<24}{'value':>8}  95 % interval"] + [
+        f"{e.stage:<18}{e.task:<11}{e.metric:<24}{e.value:>8.3f}"
+        + (f"  [{e.low:.3f}, {e.high:.3f}]" if e.low is not None else "")
+        for e in evaluations
+        if e.site == "all"
+    ]

@@ -1,0 +1,262 @@
+"""Rounds over named sites: Flower's FedAvg behind our order, checks, quorum, moment exchange and checkpoints."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from core.checkpoint import Checkpoint, save_checkpoint
+from core.config import RunConfig, describe
+from core.exchange import (
+    ExchangeError,
+    check_like,
+    content,
+    error_kind,
+    fingerprint,
+    pack,
+    pack_moments,
+    unpack,
+    unpack_moments,
+    unpack_state,
+)
+from core.moments import GroupMoments, concatenate
+
+log = logging.getLogger("isocenter")
+
+STOP_AT_ONCE = {"not_finite", "code"}
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the text says which sites and why."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A connected site.
+
+    Attributes:
+        node_id: Flower's number for it.
+        site: its own name.
+        about: the counts it told.
+    """
+
+    node_id: int
+    site: str
+    about: Mapping[str, object]
+
+
+def ask(
+    grid: Grid, nodes: Mapping[int, str], message_type: str, records: Callable[[int], RecordDict], timeout_s: float
+) -> tuple[dict[str, RecordDict], dict[str, tuple[str, str]]]:
+    """Send one message to each node and wait: answers by site, and failures (kind, sentence) by site, both in site order."""
+    started = time.monotonic()
+    messages = [Message(content=records(node), message_type=message_type, dst_node_id=node) for node in nodes]
+    replies = list(grid.send_and_receive(messages, timeout=timeout_s))
+    return sort_replies(nodes, replies, time.monotonic() - started)
+
+
+def sort_replies(
+    nodes: Mapping[int, str], replies: Iterable[Message], waited_s: float
+) -> tuple[dict[str, RecordDict], dict[str, tuple[str, str]]]:
+    """Answers and failures by site name, in the order of the names, whatever order they came in."""
+    by_node = {reply.metadata.src_node_id: reply for reply in replies}
+    answers: dict[str, RecordDict] = {}
+    failures: dict[str, tuple[str, str]] = {}
+    for node, site in sorted(nodes.items(), key=lambda item: item[1]):
+        reply = by_node.get(node)
+        if reply is None:
+            failures[site] = ("silent", f"no answer within {waited_s:.0f} s.")
+        elif reply.has_error():
+            failures[site] = error_kind(reply.error.reason or "")
+        else:
+            answers[site] = reply.content
+    return answers, failures
+
+
+def reasons(failures: Mapping[str, tuple[str, str]]) -> str:
+    """The failures as one line a site."""
+    return "".join(f"\n  {site}: {text}" for site, (_, text) in failures.items())
+
+
+class SiteRounds(FedAvg):
+    """Weighted federated averaging over named sites.
+
+    Replies are checked and summed in the order of the site names, so that neither arrival nor node numbers matter. A round
+    without quorum, or with a loss that is not finite, stops the run with the reasons; the last checkpoint stays.
+
+    Args:
+        config: the run's.
+        stage: ``pretrain`` or a stage of fine-tuning.
+        nodes: site name by Flower's node number.
+        template: a state with the names, shapes and dtypes that every reply must have.
+        folder: where checkpoints and ``rounds.jsonl`` go.
+        features: width of the exchanged moments.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: str,
+        nodes: Mapping[int, str],
+        template: Mapping[str, Tensor],
+        folder: Path,
+        features: int = 0,
+    ) -> None:
+        super().__init__(min_train_nodes=1, min_available_nodes=1)
+        self.config = config
+        self.stage = stage
+        self.nodes = dict(sorted(nodes.items(), key=lambda item: item[1]))
+        self.template = template
+        self.folder = folder
+        self.features = features
+        self.num_rounds = config.num_rounds if stage == "pretrain" else config.finetune.num_rounds
+        self.quorum = min(config.strategy.min_sites or len(nodes), len(nodes))
+        self.layout = pack(template)[1]
+        self.moments: dict[str, GroupMoments] = {}
+        self.exchanged: dict[str, object] = {}
+        self.round_started = self.started = time.monotonic()
+
+    def task(self, round_number: int, arrays: ArrayRecord, **more: ArrayRecord) -> RecordDict:
+        """What a site is sent for a round."""
+        about = ConfigRecord({"round": round_number, "stage": self.stage, "layout": self.layout, "fingerprint": fingerprint()})
+        return content(arrays=arrays, config=about, **more)
+
+    def check_quorum(self, round_number: int, answers: int, failures: Mapping[str, tuple[str, str]]) -> None:
+        """Stop the run when too few sites answered or one says that it cannot go on."""
+        fatal = any(kind in STOP_AT_ONCE for kind, _ in failures.values())
+        if fatal or answers < self.quorum:
+            raise RunError(
+                f"{self.stage}, round {round_number}: at least {self.quorum} of {len(self.nodes)} sites must answer "
+                f"without a fatal error, {answers} did.{reasons(failures)}\n"
+                f"Checkpoints of finished rounds are in {self.folder.name}."
+            )
+        for site, (_, text) in failures.items():
+            log.warning("round %d goes on without %s: %s", round_number, site, text)
+
+    def exchange_moments(self, round_number: int, arrays: ArrayRecord, grid: Grid) -> None:
+        """Ask every site for the moments of its embeddings under the round's weights."""
+        task = self.task(round_number, arrays)
+        answers, failures = ask(grid, self.nodes, "query.moments", lambda _: task, self.config.strategy.round_timeout_s)
+        self.moments = {}
+        for site, answer in answers.items():
+            try:
+                self.moments[site] = unpack_moments(answer.array_records["moments"], self.features, f"site {site}")
+            except (ExchangeError, KeyError) as error:
+                failures[site] = ("exchange", str(error))
+        self.check_quorum(round_number, len(self.moments), failures)
+        withheld = {site: answers[site].metric_records["metrics"]["withheld-scans"] for site in self.moments}
+        groups = {site: len(moments) for site, moments in self.moments.items()}
+        self.exchanged = {"groups": groups, "withheld_scans": withheld}
+        log.info(
+            "round %d: sites exchanged the moments of %s",
+            round_number,
+            ", ".join(f"{site} {groups[site]} groups ({withheld[site]} scans withheld)" for site in groups),
+        )
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """One task a site; with debiasing, the moments of all the other sites' groups beside it."""
+        del config
+        self.round_started = time.monotonic()
+        self.exchanged = {}
+        if self.stage == "pretrain" and self.config.debias.exchanges_in_round(server_round):
+            self.exchange_moments(server_round, arrays, grid)
+        messages = []
+        for node, site in self.nodes.items():
+            others = [moments for other, moments in self.moments.items() if other != site and len(moments)]
+            more = {"moments": pack_moments(concatenate(others))} if others else {}
+            message_type = "train.pretrain" if self.stage == "pretrain" else "train.finetune"
+            record = self.task(server_round, arrays, **more)
+            messages.append(Message(content=record, message_type=message_type, dst_node_id=node))
+        return messages
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check, average in site order, keep a checkpoint, tell what happened."""
+        replies = list(replies)
+        answers, failures = sort_replies(self.nodes, replies, time.monotonic() - self.round_started)
+        for site, answer in list(answers.items()):
+            try:
+                check_like(unpack_state(answer), self.template, f"site {site}")
+                check_metrics(answer.metric_records["metrics"], f"site {site}")
+            except (ExchangeError, KeyError) as error:
+                failures[site] = ("exchange", str(error))
+                del answers[site]
+        self.check_quorum(server_round, len(answers), failures)
+        site_of = {node: site for node, site in self.nodes.items() if site in answers}
+        accepted = sorted(
+            (reply for reply in replies if reply.metadata.src_node_id in site_of),
+            key=lambda reply: site_of[reply.metadata.src_node_id],
+        )
+        averaged, metrics = super().aggregate_train(server_round, accepted)
+        if averaged is None:
+            raise RunError(f"{self.stage}, round {server_round}: the average must not be empty.")
+        arrays = restore_dtypes(averaged, accepted)
+        state = unpack(arrays, self.layout)
+        checkpoint = Checkpoint(state, self.stage, server_round, describe(self.config))
+        save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
+        self.tell(server_round, {site: answer.metric_records["metrics"] for site, answer in answers.items()}, failures)
+        return arrays, metrics
+
+    def tell(self, round_number: int, metrics: Mapping[str, MetricRecord], failures: Mapping[str, tuple[str, str]]) -> None:
+        """Append the round to ``rounds.jsonl`` and log one line."""
+        now = time.monotonic()
+        seconds = now - self.round_started
+        values = {site: {name: cast(float, v) for name, v in m.items() if name != "num-examples"} for site, m in metrics.items()}
+        line: dict[str, object] = {
+            "stage": self.stage,
+            "round": round_number,
+            "seconds": round(seconds, 3),
+            "sites": values,
+        }
+        if self.exchanged:
+            line["exchange"] = self.exchanged
+        if failures:
+            line["failures"] = {site: text for site, (_, text) in failures.items()}
+        with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        left = (now - self.started) / round_number * (self.num_rounds - round_number)
+        losses = "  ".join(f"{site} {value['loss']:.3f}" for site, value in values.items())
+        log.info(
+            "%s  round %d/%d  loss  %s  %.1f s, %s left",
+            self.stage,
+            round_number,
+            self.num_rounds,
+            losses,
+            seconds,
+            f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s",
+        )
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """Evaluation is a stage of its own, after the rounds."""
+        del server_round, arrays, config, grid
+        return []
+
+
+def check_metrics(metrics: MetricRecord, where: str) -> None:
+    """Refuse metrics that are no finite numbers, or a weight that is not positive."""
+    bad = [name for name, value in metrics.items() if isinstance(value, list) or not np.isfinite(value)]
+    if bad or not cast(float, metrics["num-examples"]) > 0:
+        raise ExchangeError(f"{where}: metrics must be finite numbers and num-examples positive, got {bad or ['num-examples']}.")
+
+
+def restore_dtypes(averaged: ArrayRecord, replies: list[Message]) -> ArrayRecord:
+    """The average in the dtypes that were sent: Flower turns integer arrays to float64, ours must agree over sites instead."""
+    arrays = ArrayRecord()
+    sent = [reply.content.array_records["arrays"] for reply in replies]
+    for name in averaged:
+        values = [record[name].numpy() for record in sent]
+        if np.issubdtype(values[0].dtype, np.floating):
+            arrays[name] = Array(averaged[name].numpy().astype(values[0].dtype))
+        elif all(np.array_equal(value, values[0]) for value in values):
+            arrays[name] = Array(values[0])
+        else:
+            raise RunError(f"average: {name} buffers must be equal at all sites, they differ. Keep counters out of the model.")
+    return arrays

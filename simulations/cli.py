@@ -1,0 +1,182 @@
+"""Commands of one machine: `isocenter run`, `isocenter compare`, `isocenter phantom`."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from core.cli import Overrides, checked
+
+APP = Path(__file__).parents[1]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the console script."""
+    app.command()(run)
+    app.command()(compare)
+    app.command()(phantom)
+
+
+def run(
+    overrides: Overrides = None,
+    deadline_minutes: Annotated[float, typer.Option(help="Stop the run after this long, whatever it waits for.")] = 720,
+) -> None:
+    """Simulate a federation on this machine: pretrain, fine-tune, evaluate, report.
+
+    Without `data.root` the embedded phantom consortium is used: six hospitals, written to data/phantom on first use.
+    Results go to runs/<name>. The exit code is 0 only when the run finished and its report was written.
+    """
+    folder = simulate_run(overrides or [], deadline_minutes)
+    typer.echo(f"open {folder / 'report.html'}")
+
+
+def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
+    """Run one simulation with progress on the screen and return its folder; exit 1 with the reason when it fails."""
+    from core.data.bids import list_sites
+    from simulations.launch import choose_resources, simulate
+
+    config = checked(overrides)
+    if not (APP / "pyproject.toml").is_file():
+        fail("run: Isocenter must be installed from its checkout (pip install -e .), got a copy without pyproject.toml.")
+    output = (config.output or Path("runs")).resolve()
+    root = config.data.root.resolve() if config.data.root else Path("data/phantom").resolve()
+    if config.data.root is None:
+        write_phantom(root, seed=0, scale=1.0)
+    try:
+        num_sites = len(list_sites(root))
+    except ValueError as error:
+        fail(str(error))
+    name = free_name(output, config.name)
+    folder = output / name
+    folder.mkdir(parents=True)
+    log_path = folder / "flower.log"
+    # Quoted twice: for Hydra, whose values know = and spaces, and for the shell-like split of the whole line.
+    placed = [f"data.root={json.dumps(str(root))}", f"output={json.dumps(str(output))}", f"name={name}"]
+    typer.echo(f"starting {num_sites} virtual sites; everything Flower says goes to {log_path}")
+    clients_at_once, gpus_per_client = choose_resources(num_sites)
+    outcome = simulate(
+        APP,
+        overrides=shlex.join([*overrides, *placed]),
+        num_sites=num_sites,
+        log_path=log_path,
+        deadline_s=deadline_minutes * 60,
+        clients_at_once=clients_at_once,
+        gpus_per_client=gpus_per_client,
+        on_line=typer.echo,
+    )
+    if not outcome.ok or not (folder / "report.html").is_file():
+        fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}")
+    typer.echo(f"finished in {outcome.seconds:.0f} s")
+    return folder
+
+
+def free_name(output: Path, name: str) -> str:
+    """The run's name, with a number behind it when an earlier run has it."""
+    taken = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
+
+
+def fail(text: str) -> None:
+    """Say why on standard error and exit with 1."""
+    typer.echo(text, err=True)
+    raise typer.Exit(1)
+
+
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="Where to write it; must not exist or hold the same cohort.")],
+    seed: Annotated[int, typer.Option(help="Another seed gives other subjects.")] = 0,
+    scale: Annotated[float, typer.Option(help="Factor on the number of subjects.")] = 1.0,
+) -> None:
+    """Write the embedded phantom consortium: brain-like volumes of six hospitals as BIDS NIfTI, with the ground truth."""
+    write_phantom(folder.resolve(), seed, scale)
+
+
+def write_phantom(folder: Path, seed: int, scale: float) -> None:
+    """Write the cohort with a progress bar, unless it is there already."""
+    import os
+
+    from rich.progress import Progress
+
+    from simulations.cohort import ensure_cohort
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("writing the phantom consortium", total=None)
+        try:
+            written = ensure_cohort(
+                folder,
+                seed=seed,
+                scale=scale,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                num_workers=len(os.sched_getaffinity(0)),
+            )
+        except ValueError as error:
+            fail(str(error))
+    typer.echo(f"{'wrote' if written else 'found'} the phantom consortium in {folder}")
+
+
+COMPARED = (
+    ("pretrained", "site", "balanced_accuracy"),
+    ("pretrained", "site", "balanced_accuracy_knn"),
+    ("pretrained", "scanner", "balanced_accuracy"),
+    ("pretrained", "age", "mae"),
+    ("pretrained", "age_unseen_sites", "mae"),
+    ("pretrained", "diagnosis", "auc"),
+    ("linear_probe", "diagnosis", "auc"),
+    ("full_finetuning", "diagnosis", "auc"),
+    ("from_scratch", "diagnosis", "auc"),
+)
+
+
+def compare(
+    overrides: Overrides = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="Overrides of one variant, quoted; repeat for each. Default: debiasing off, on.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant, with seeds 0, 1, ...")] = 3,
+    deadline_minutes: Annotated[float, typer.Option(help="Stop a single run after this long.")] = 720,
+) -> None:
+    """Run variants over several seeds and print them side by side; finished runs are not repeated.
+
+    Example: isocenter compare --seeds 3 experiment=mcic data.root=/folder --vary debias=none --vary debias=fairkl
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    variants = vary or ["debias=none", "debias=fairkl"]
+    base = overrides or []
+    config = checked(base)
+    output = (config.output or Path("runs")).resolve()
+    figures: dict[str, list[dict[tuple[str, str, str], float]]] = {}
+    for number, variant in enumerate(variants):
+        for seed in range(seeds):
+            name = f"{config.name}-compare-{number}-seed{seed}"
+            chosen = [*base, *shlex.split(variant), f"seed={seed}", f"name={name}"]
+            stamp = output / name / "compared.json"
+            if not (stamp.is_file() and json.loads(stamp.read_text()) == chosen):
+                typer.echo(f"\n{variant}, seed {seed}")
+                folder = simulate_run(chosen, deadline_minutes)
+                if folder != output / name:
+                    fail(f"compare: {output / name} must be free or hold the same run, got another; remove it.")
+                stamp.write_text(json.dumps(chosen))
+            rows = json.loads((output / name / "metrics.json").read_text())
+            figures.setdefault(variant, []).append(
+                {(row["stage"], row["task"], row["metric"]): row["value"] for row in rows if row["site"] == "all"}
+            )
+    table = Table(title=f"{config.name}: mean (lowest, highest) over {seeds} seeds, held-out subjects")
+    for heading in ("stage", "task", "metric", *variants):
+        table.add_column(heading, no_wrap=True)
+    summary: list[dict[str, object]] = []
+    for key in COMPARED:
+        cells = []
+        for variant in variants:
+            values = [run_figures[key] for run_figures in figures[variant] if key in run_figures]
+            cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f}, {max(values):.3f})" if values else "-")
+            summary.append({"stage": key[0], "task": key[1], "metric": key[2], "variant": variant, "values": values})
+        if set(cells) != {"-"}:
+            table.add_row(*key, *cells)
+    Console(width=max(100, 45 + 26 * len(variants))).print(table)
+    path = output / f"{config.name}-compare.json"
+    path.write_text(json.dumps(summary, indent=1))
+    typer.echo(f"figures: {path}")

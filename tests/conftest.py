@@ -1,0 +1,75 @@
+"""Tiny hospitals on disk, and the real apps run over them inside this process."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+NodeConfig = dict[str, str | int | bool | float]
+TINY = "experiment=tiny finetune=none"
+
+
+def write_tiny_site(root: Path, *, seed: int, healthy: int = 12, patients: int = 0, scanners: int = 1, gain: float = 1.0) -> None:
+    """A BIDS data set of small volumes: a bright ball that shrinks with age, a dark spot in patients, the scanner's gain."""
+    random = np.random.default_rng(seed)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (11, 13, 11)), indexing="ij")
+    rows = ["participant_id\tage\tsex\tdiagnosis\tscanner"]
+    for number in range(healthy + patients):
+        subject, patient = f"sub-{number:03d}", number >= healthy
+        age = 20 + 60 * random.random()
+        volume = 100 * gain / (1 + np.exp(12 * (x**2 + y**2 + z**2 - (1 - age / 160) ** 2)))
+        volume[:6] += 20 * (number % scanners)
+        if patient:
+            volume[6:8, 6:9, 5:8] *= 0.4
+        volume += random.normal(0, 1, volume.shape)
+        folder = root / subject / "ses-01" / "anat"
+        folder.mkdir(parents=True)
+        image = nib.Nifti1Image(volume.astype(np.int16), np.diag([8.0, 8, 8, 1]))
+        data = gzip.compress(image.to_bytes(), 1, mtime=0)
+        (folder / f"{subject}_ses-01_T1w.nii.gz").write_bytes(data)
+        sex, diagnosis = "FM"[number % 2], "patient" if patient else "control"
+        rows.append(f"{subject}\t{age:.1f}\t{sex}\t{diagnosis}\tscanner{number % scanners}")
+    (root / "participants.tsv").write_text("\n".join(rows) + "\n")
+    (root / "dataset_description.json").write_text(json.dumps({"Name": root.name, "BIDSVersion": "1.9.0"}))
+
+
+@pytest.fixture
+def write_site() -> Callable[..., None]:
+    """The function that writes a tiny hospital."""
+    return write_tiny_site
+
+
+@pytest.fixture
+def consortium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three small hospitals in one folder: `a` and `b` healthy (`b` with two scanners), `c` with patients."""
+    monkeypatch.setenv("ISOCENTER_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "consortium"
+    write_tiny_site(root / "a", seed=1)
+    write_tiny_site(root / "b", seed=2, healthy=14, scanners=2, gain=1.6)
+    write_tiny_site(root / "c", seed=3, healthy=10, patients=10)
+    return root
+
+
+@pytest.fixture
+def federate(tmp_path: Path) -> Callable[..., Path]:
+    """Run the real apps over the sites of a folder, in this process; the run's folder."""
+    from client.app import app as client_app
+    from core.data.bids import list_sites
+    from server.app import app as server_app
+    from simulations.in_process import run_in_process
+
+    def run(root: Path, *overrides: str, name: str = "run", node_configs: dict[int, NodeConfig] | None = None, **grid: object) -> Path:
+        sites = list_sites(root)
+        virtual: dict[int, NodeConfig] = {
+            number + 1: {"partition-id": number, "num-partitions": len(sites)} for number in range(len(sites))
+        }
+        sites_of_run = [] if "data=" in " ".join(overrides) else ["data=folder"]
+        text = " ".join([TINY, *sites_of_run, f"data.root={root}", f"output={tmp_path / 'runs'}", f"name={name}", *overrides])
+        run_in_process(server_app, client_app, text, node_configs or virtual, **grid)
+        return tmp_path / "runs" / name
+
+    return run

@@ -1,0 +1,300 @@
+"""The real server and client apps over tiny hospitals, in one process: identities, bad sites, bad input."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Error, Message
+from safetensors.torch import load_file
+
+from core.checkpoint import load_checkpoint, load_strictly
+from core.config import load_config
+from core.exchange import pack
+from core.models import build_pretrainer
+from core.training import pretrain
+from server.strategy import RunError
+
+Federate = Callable[..., Path]
+
+
+def last(folder: Path) -> Path:
+    return sorted((folder / "checkpoints").glob("pretrain-*.safetensors"))[-1]
+
+
+def test_a_run_goes_from_scans_to_a_report(consortium: Path, federate: Federate) -> None:
+    folder = federate(
+        consortium, "finetune=both finetune.num_rounds=1 data.pretrain_sites=[a,b] data.target_sites=[c]", name="whole"
+    )
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {tuple(sorted(row)) for row in metrics} == {
+        ("high", "low", "metric", "num_subjects", "regime", "seed", "site", "stage", "task", "value")
+    }
+    assert {(row["stage"], row["task"]) for row in metrics} >= {
+        ("untrained", "site"), ("pretrained", "site"), ("pretrained", "age"), ("pretrained", "age_unseen_sites"), ("chance", "site"),
+        ("linear_probe", "diagnosis"), ("full_finetuning", "diagnosis"), ("from_scratch", "diagnosis"),
+    }
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["round"]) for r in rounds] == [
+        ("pretrain", 1), ("pretrain", 2), ("linear_probe", 1), ("full_finetuning", 1), ("from_scratch", 1)
+    ]
+    assert set(rounds[0]["sites"]) == {"a", "b"}
+    assert set(rounds[0]["sites"]["a"]) == {"loss", "objective", "fairkl"}
+    assert set(rounds[2]["sites"]) == {"c"}
+    assert rounds[0]["exchange"]["groups"]["a"] >= 1
+    assert "<html" in (folder / "report.html").read_text()
+    # The linear probe leaves the encoder alone; full fine-tuning does not.
+    pretrained = load_checkpoint(last(folder)).state
+    for stage, same in (("linear_probe", True), ("full_finetuning", False), ("from_scratch", False)):
+        state = load_checkpoint(folder / "checkpoints" / f"{stage}-0001.safetensors").state
+        encoder = {name: value for name, value in state.items() if name.startswith("encoder.")}
+        assert all(torch.equal(value, pretrained[name]) for name, value in encoder.items()) == same
+
+
+def test_same_run_twice_gives_the_same_checkpoint_bytes(consortium: Path, federate: Federate) -> None:
+    """Identity 1; the name of the run is part of its configuration, so both have the same in different folders."""
+    first = federate(consortium, name="twice")
+    bytes_first = last(first).read_bytes()
+    first.rename(first.with_name("before"))
+    assert last(federate(consortium, name="twice")).read_bytes() == bytes_first
+
+
+def test_order_of_sites_does_not_matter(consortium: Path, federate: Federate) -> None:
+    """Identity 2: nodes listed and answering in another order, with other node numbers, give the same bytes."""
+    first = federate(consortium, name="order")
+    bytes_first = last(first).read_bytes()
+    first.rename(first.with_name("before"))
+    shuffled = {7: {"partition-id": 2, "num-partitions": 3}, 3: {"partition-id": 0, "num-partitions": 3}, 9: {"partition-id": 1, "num-partitions": 3}}
+    assert last(federate(consortium, name="order", node_configs=shuffled, order=[9, 7, 3])).read_bytes() == bytes_first
+
+
+def test_one_site_equals_local_training(consortium: Path, federate: Federate) -> None:
+    """Identity 3, bit for bit."""
+    from client.site import holdings, this_site
+
+    folder = federate(consortium, "data.pretrain_sites=[b]", name="alone")
+    config = load_config(f"experiment=tiny finetune=none data=folder data.root={consortium} data.pretrain_sites=[b]")
+    site = this_site({"partition-id": 1, "num-partitions": 3}, config)
+    data = holdings(site, config).splits["train"].select(lambda scan: scan.diagnosis == "control")
+    model = build_pretrainer(config.encoder, config.embedding_size, config.seed)
+    for round_number in range(1, config.num_rounds + 1):
+        pretrain(model, data, config, round_number=round_number, device=torch.device("cpu"))
+    federated = load_checkpoint(last(folder)).state
+    assert all(torch.equal(value, federated[name]) for name, value in model.state_dict().items())
+
+
+def test_sites_with_identical_data_equal_one(consortium: Path, federate: Federate) -> None:
+    """Identity 4: sites that answer alike average to that answer, bit for bit when their weights are powers of two."""
+
+    def answer_as_the_first(reply: Message, message_type: str) -> Message:
+        if message_type == "train.pretrain":
+            arrays = reply.content.array_records["arrays"]
+            first.setdefault(len(seen) // 4, {name: array.numpy().copy() for name, array in arrays.items()})
+            for name, values in first[len(seen) // 4].items():
+                arrays[name] = Array(values)
+            reply.content.metric_records["metrics"]["num-examples"] = 8
+            seen.append(1)
+        return reply
+
+    seen: list[int] = []
+    first: dict[int, dict[str, np.ndarray]] = {}
+    shutil.copytree(consortium / "a", consortium / "d")
+    folder = federate(consortium, name="alike", tamper=answer_as_the_first)
+    averaged = load_checkpoint(last(folder)).state
+    assert len(seen) == 8
+    assert (pack(averaged)[0]["float32"].numpy() == first[1]["float32"]).all()
+
+
+def test_no_privacy_equals_zero_noise_with_infinite_clip(consortium: Path, federate: Federate) -> None:
+    """Identity 7, bit for bit; and a real clip changes the result."""
+    plain = load_file(last(federate(consortium, name="plain")))
+    loose = load_file(last(federate(consortium, "privacy=clip_and_noise privacy.clip_norm=inf", name="loose")))
+    tight = load_file(last(federate(consortium, "privacy=clip_and_noise privacy.clip_norm=0.01", name="tight")))
+    assert all(torch.equal(value, loose[name]) for name, value in plain.items())
+    assert not all(torch.equal(value, tight[name]) for name, value in plain.items())
+
+
+def test_debiasing_changes_the_weights_and_none_needs_no_exchange(consortium: Path, federate: Federate) -> None:
+    on = load_file(last(federate(consortium, name="on")))
+    folder = federate(consortium, "debias=none", name="off")
+    assert not all(torch.equal(value, on[name]) for name, value in load_file(last(folder)).items())
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert all("exchange" not in r and set(r["sites"]["a"]) == {"loss", "objective"} for r in rounds)
+
+
+def test_one_scanner_sites_without_exchange_have_fairkl_exactly_zero(
+    consortium: Path, federate: Federate, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = federate(consortium, "debias.exchange_every=0", name="alone")
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [r["sites"]["a"]["fairkl"] for r in rounds] == [0.0, 0.0]
+    assert rounds[0]["sites"]["b"]["fairkl"] > 0  # two scanners: its own conflicting pairs
+    assert "FairKL is exactly zero at one-scanner sites without exchange: a, c" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", ["objective=ntxent", "debias.space=z", "views=brain_affine", "encoder.width=2 embedding_size=4"])
+def test_options_of_pretraining_run(consortium: Path, federate: Federate, options: str) -> None:
+    default = load_file(last(federate(consortium, name="default")))
+    other = load_file(last(federate(consortium, options, name="other")))
+    assert all(value.isfinite().all() for value in other.values())
+    assert not all(torch.equal(value, default.get(name, torch.zeros(0))) for name, value in other.items())
+
+
+def spoil(site_type: str, how: Callable[[Message], Message | None], node: int = 2) -> Callable[[Message, str], Message | None]:
+    def tamper(reply: Message, message_type: str) -> Message | None:
+        return how(reply) if (message_type, reply.metadata.src_node_id) == (site_type, node) else reply
+
+    return tamper
+
+
+def with_arrays(change: Callable[[ArrayRecord], None]) -> Callable[[Message], Message]:
+    def apply(reply: Message) -> Message:
+        change(reply.content.array_records["arrays"])
+        return reply
+
+    return apply
+
+
+def poison(arrays: ArrayRecord) -> None:
+    values = arrays["float32"].numpy().copy()
+    values[5] = float("nan")
+    arrays["float32"] = Array(values)
+
+
+def shorten(arrays: ArrayRecord) -> None:
+    arrays["float32"] = Array(arrays["float32"].numpy()[:-1].copy())
+
+
+def retype(arrays: ArrayRecord) -> None:
+    arrays["float32"] = Array(arrays["float32"].numpy().astype("float64"))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (with_arrays(poison), "finite"),
+        (with_arrays(shorten), "too short"),
+        (with_arrays(retype), "must be float32"),
+        (lambda reply: None, "no answer"),
+    ],
+    ids=["nan", "short", "dtype", "silent"],
+)
+def test_a_bad_answer_stops_the_run_without_quorum_and_not_with_one(
+    consortium: Path, federate: Federate, how: Callable[[Message], Message | None], reason: str
+) -> None:
+    with pytest.raises(RunError, match=rf"(?s)round 1: at least 3 of 3 sites must answer.*b: .*{reason}"):
+        federate(consortium, name="strict", tamper=spoil("train.pretrain", how))
+    folder = federate(consortium, "strategy.min_sites=2", name="quorum", tamper=spoil("train.pretrain", how))
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert reason in rounds[0]["failures"]["b"]
+    assert set(rounds[0]["sites"]) == {"a", "c"}
+    assert all(value.isfinite().all() for value in load_file(last(folder)).values())
+
+
+def test_every_site_failing_is_no_finished_run(consortium: Path, federate: Federate) -> None:
+    def fail(reply: Message, message_type: str) -> Message:
+        return Message(Error(code=0, reason="boom"), reply_to=reply) if message_type == "train.pretrain" else reply
+
+    with pytest.raises(RunError, match=r"(?s)0 did.*a: boom.*b: boom.*c: boom"):
+        federate(consortium, "strategy.min_sites=1", name="failing", tamper=fail)
+
+
+def test_nan_loss_stops_with_round_and_site_and_keeps_the_checkpoint(
+    consortium: Path, federate: Federate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from core.losses import YAware
+
+    calls = []
+    original = YAware.__call__
+
+    def sometimes_nan(self: YAware, z1: torch.Tensor, z2: torch.Tensor, metadata: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        return original(self, z1, z2, metadata) * (float("nan") if len(calls) == 9 else 1.0)
+
+    monkeypatch.setattr(YAware, "__call__", sometimes_nan)
+    # Two local steps at three sites a round: the ninth loss is the first step of round 2 at the second site.
+    with pytest.raises(RunError, match=r"(?s)pretrain, round 2: .*b: site b, round 2, local step 1: the loss must be finite"):
+        federate(consortium, "strategy.min_sites=1", name="nan")
+    assert load_checkpoint(last(consortium.parent / "runs" / "nan")).round_number == 1
+
+
+def test_nothing_a_site_says_names_a_subject_or_a_path(consortium: Path, federate: Federate) -> None:
+    """An unreadable scan is counted in the report; too many stop the run; neither tells which."""
+    broken = consortium / "a" / "sub-003" / "ses-01" / "anat" / "sub-003_ses-01_T1w.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(RunError) as error:
+        federate(consortium, name="broken")
+    assert "unreadable 1" in str(error.value)
+    assert not re.search(r"sub-003|nii|/", str(error.value).replace("1 of 12", ""))
+
+
+def test_unreadable_scans_below_the_limit_are_counted(consortium: Path, federate: Federate, write_site: Callable[..., None]) -> None:
+    write_site(consortium / "d", seed=4, healthy=24)
+    broken = consortium / "d" / "sub-003" / "ses-01" / "anat" / "sub-003_ses-01_T1w.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:60])
+    report = (federate(consortium, name="counted") / "report.html").read_text()
+    assert "unreadable" in report
+    assert "sub-003" not in report
+
+
+def test_an_unexpected_failure_leaves_an_incident_number_only(
+    consortium: Path, federate: Federate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise OSError("cannot open DOE^JOHN.nii.gz")
+
+    monkeypatch.setattr("client.app.pretrain", explode)
+    with pytest.raises(RunError) as error:
+        federate(consortium, name="incident")
+    assert "DOE" not in str(error.value)
+    assert re.search(r"a: incident [0-9a-f]{8}: see the site's local log", str(error.value))
+
+
+def test_a_site_with_other_code_is_refused(consortium: Path, federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.app.fingerprint", lambda: "0" * 64)
+    with pytest.raises(RunError, match="must run the server's code"):
+        federate(consortium, name="other")
+
+
+def test_a_site_too_small_to_contrast_is_refused(consortium: Path, federate: Federate) -> None:
+    table = consortium / "a" / "participants.tsv"
+    table.write_text("\n".join(table.read_text().splitlines()[:2]) + "\n")
+    for folder in sorted((consortium / "a").glob("sub-*"))[1:]:
+        for file in folder.rglob("*.nii.gz"):
+            file.unlink()
+    with pytest.raises(RunError, match="site a: healthy training subjects must be at least 4 to contrast, got 1"):
+        federate(consortium, name="one")
+
+
+def test_sites_that_keep_their_scans_at_home_are_noted(consortium: Path, federate: Federate) -> None:
+    folder = federate(consortium, "simulation.share_per_scan=false", name="home")
+    assert json.loads((folder / "metrics.json").read_text()) == []
+    assert "keeps the results of single scans at home" in (folder / "report.html").read_text()
+
+
+def test_a_run_does_not_overwrite_another(consortium: Path, federate: Federate) -> None:
+    federate(consortium, name="once")
+    with pytest.raises(RunError, match="must not hold an earlier run"):
+        federate(consortium, name="once")
+
+
+def test_a_missing_site_is_named(consortium: Path, federate: Federate) -> None:
+    with pytest.raises(RunError, match=r"\['d'\] must be connected, got \['a', 'b', 'c'\]"):
+        federate(consortium, "data.pretrain_sites=[a,d]", name="missing")
+    with pytest.raises(RunError, match=r"4 must connect within 1 s, 3 did"):
+        federate(consortium, "data.pretrain_sites=[a,b,c,d] strategy.wait_for_sites_s=1", name="waiting")
+
+
+def test_trained_weights_load_back(consortium: Path, federate: Federate) -> None:
+    checkpoint = load_checkpoint(last(federate(consortium, name="back")))
+    config = load_config("experiment=tiny data=folder data.root=/")
+    model = build_pretrainer(config.encoder, config.embedding_size, 99)
+    load_strictly(model, checkpoint.state)
+    assert checkpoint.round_number == 2
+    assert checkpoint.config["encoder"] == {"name": "small", "width": 4}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_strictly(model, {name: value for name, value in list(checkpoint.state.items())[1:]})
