@@ -121,7 +121,7 @@ COMPARED = (
     ("pretrained", "site", "balanced_accuracy_knn"),
     ("pretrained", "scanner", "balanced_accuracy"),
     ("pretrained", "age", "mae"),
-    ("pretrained", "age_unseen_sites", "mae"),
+    ("pretrained", "age", "mae_unseen"),
     ("pretrained", "diagnosis", "auc"),
     ("linear_probe", "diagnosis", "auc"),
     ("full_finetuning", "diagnosis", "auc"),

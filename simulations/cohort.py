@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -78,9 +79,7 @@ class Scanner:
         if not all(size > 0 for size in self.voxel_size_mm):
             raise ValueError(f"{where}: voxel_size_mm must be three positive lengths, got {self.voxel_size_mm!r}.")
         if sorted(self.orientation.translate(str.maketrans("LPI", "RAS"))) != ["A", "R", "S"]:
-            raise ValueError(
-                f"{where}: orientation must name each body axis once, got {self.orientation!r}. Try 'RAS'."
-            )
+            raise ValueError(f"{where}: orientation must name each body axis once, got {self.orientation!r}. Try 'RAS'.")
         if self.scl_slope is not None and not self.scl_slope > 0:
             raise ValueError(f"{where}: scl_slope must be positive or None, got {self.scl_slope!r}.")
 
@@ -373,6 +372,11 @@ class _SoftEdge:
         half_P: Float32 = 0.5 * np.tanh(0.5 * self.steepness * distance_P)
         return 0.5 - half_P
 
+    def inside_tube(self, distance_P: Float32, radius_P: Float32) -> Float32:
+        """Fraction within a radius of a line; the square of the radius gives way to the variance softening adds to it."""
+        variance = math.pi**2 / 3 / self.steepness**2
+        return self.inside(distance_P - np.sqrt(np.maximum(np.square(radius_P) - variance, 0)))
+
     def sheet(self, distance_P: Float32, half_width: float) -> Float32:
         """Fraction within `half_width` of a surface; zero for a sheet without width."""
         return self.inside(distance_P - half_width) - self.inside(distance_P + half_width)
@@ -381,9 +385,7 @@ class _SoftEdge:
 def _paint_hindbrain(image_P: Float32, p_3P: Float32, soft: _SoftEdge) -> Float32:
     paired_3P = _mirrored(p_3P)
     _paint(image_P, soft.inside(_capsule(p_3P, (0, -14, -8), (0, -28, -84)) - 11), BRAINSTEM)
-    cerebellum = _union(
-        _ellipsoid(paired_3P, (22, -46, -36), (28, 30, 22)), _ellipsoid(p_3P, (0, -44, -36), (14, 26, 20)), 5
-    )
+    cerebellum = _union(_ellipsoid(paired_3P, (22, -46, -36), (28, 30, 22)), _ellipsoid(p_3P, (0, -44, -36), (14, 26, 20)), 5)
     folia = 0.08 * np.sin(2 * np.pi / 13 * (p_3P[2] + 0.35 * p_3P[1]))
     _paint(image_P, soft.inside(cerebellum), CEREBELLUM + folia)
     _paint(image_P, soft.inside(_ellipsoid(paired_3P, (14, -42, -34), (15, 14, 7))), WHITE)
@@ -440,10 +442,13 @@ def _paint_deep(image_P: Float32, p_3P: Float32, anatomy: Anatomy, soft: _SoftEd
         ball = _ellipsoid(p_3P, lesion.centre_mm, (lesion_radius, lesion_radius, lesion_radius))
         _paint(image_P, _LESION_OPACITY * soft.inside(ball), CSF)
 
-    radius = _ventricle_radius_mm(anatomy.ventricle_volume_ml / anatomy.head_scale**3)
+    radius = _ventricle_radius_mm(anatomy.ventricle_volume_ml / (anatomy.head_scale**3 * math.prod(anatomy.aspect)))
     radius_P = radius * (1 + anatomy.ventricle_asymmetry * right_P)
-    for start, end, relative in zip(_VENTRICLE_PATH, _VENTRICLE_PATH[1:], _VENTRICLE_THICKNESS, strict=False):
-        _paint(image_P, soft.inside(_capsule(paired_3P, start, end) - relative * radius_P), CSF)
+    ventricle_P = np.zeros_like(image_P)
+    for (start, end), relative in zip(pairwise(_VENTRICLE_PATH), _VENTRICLE_THICKNESS, strict=True):
+        stretch_P = soft.inside_tube(_capsule(paired_3P, start, end), relative * radius_P)
+        ventricle_P = np.maximum(ventricle_P, stretch_P)
+    _paint(image_P, ventricle_P, CSF)
     _paint(image_P, soft.inside(_ellipsoid(p_3P, (0, -10, 2), (2.5, 15, 11))), CSF)
     return image_P
 
@@ -458,10 +463,7 @@ def _head_coordinates(
 ) -> npt.NDArray[np.float32]:
     """Where each voxel lies in the subject's own head of scale 1: (3, X, Y, Z)."""
     x, y, z = np.ix_(
-        *(
-            _axis_mm(n, size) - shift
-            for n, size, shift in zip(shape_XYZ, voxel_size_mm, pose.translation_mm, strict=True)
-        )
+        *(_axis_mm(n, size) - shift for n, size, shift in zip(shape_XYZ, voxel_size_mm, pose.translation_mm, strict=True))
     )
     back = Rotation.from_rotvec(pose.rotation_deg, degrees=True).inv().as_matrix()
     back /= anatomy.head_scale * np.array(anatomy.aspect)[:, None]
@@ -661,7 +663,7 @@ def write_cohort(
     """Writes the consortium, one BIDS data set a site, and `truth.tsv` with the anatomy behind every scan.
 
     The folder appears complete or not at all. The same seed gives the same bytes (on one machine and one set of
-    library versions) whatever `num_workers`, and a smaller `scale` gives the first subjects of a larger one.
+    library versions) whatever `num_workers`; a smaller `scale` gives the first subjects of each group of a larger one.
 
     Args:
         root: Folder to make; a cohort written earlier, and nothing else, is replaced.
@@ -677,6 +679,7 @@ def write_cohort(
         raise ValueError(f"cohort: scale must be positive, got {scale!r}. 1.0 writes the consortium as designed.")
     if num_workers < 1:
         raise ValueError(f"cohort: num_workers must be 1 or more, got {num_workers!r}. Give the number of cores.")
+    root = root.resolve()
     if root.exists() and not _is_only_a_cohort(root):
         raise ValueError(
             f"cohort: {root} must be missing, empty or an unchanged cohort, got a path that holds something else. "

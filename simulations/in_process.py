@@ -1,20 +1,14 @@
 """A federation inside one process: the real apps, one site after the other, no Ray and no network; to test and to debug."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NoReturn
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.task_identity import TaskIdentity
 
 Tamper = Callable[[Message, str], Message | None]
-
-
-def failed(message: Message, reason: str) -> Message:
-    """The error reply that Flower makes of an exception at a site."""
-    from flwr.app import Error
-
-    return Message(Error(code=0, reason=reason), reply_to=message)
 
 
 class InProcessGrid(Grid):
@@ -39,9 +33,7 @@ class InProcessGrid(Grid):
     ) -> None:
         self.client = client
         self.contexts = {
-            node: Context(
-                run_id=1, node_id=node, node_config=dict(config), state=RecordDict(), run_config=dict(run_config)
-            )
+            node: Context(run_id=1, node_id=node, node_config=dict(config), state=RecordDict(), run_config=dict(run_config))
             for node, config in node_configs.items()
         }
         self.order = list(order or node_configs)
@@ -52,12 +44,13 @@ class InProcessGrid(Grid):
         """There is one run only."""
 
     @property
-    def run(self) -> object:
+    def run(self) -> NoReturn:
         """There is no run record."""
         raise RuntimeError("InProcessGrid: there is no run record inside one process.")
 
     def create_message(self, *args: object, **kwargs: object) -> Message:
         """Not needed by message-based apps."""
+        del args, kwargs
         raise RuntimeError("InProcessGrid: build messages with flwr.app.Message.")
 
     def get_node_ids(self) -> Iterable[int]:
@@ -66,14 +59,17 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Messages are answered at once, by `send_and_receive`."""
+        del messages
         raise RuntimeError("InProcessGrid: use send_and_receive.")
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Messages are answered at once, by `send_and_receive`."""
+        del message_ids
         raise RuntimeError("InProcessGrid: use send_and_receive.")
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """The answers, in the grid's order; an exception at a site becomes an error reply, as Flower makes it."""
+        del timeout
         by_node = {message.metadata.dst_node_id: message for message in messages}
         replies = []
         for node in self.order:
@@ -83,7 +79,7 @@ class InProcessGrid(Grid):
             try:
                 reply: Message | None = self.client(message, self.contexts[node])
             except Exception as error:
-                reply = failed(message, f"{type(error)}{error}")
+                reply = Message(Error(code=0, reason=f"{type(error)}{error}"), reply_to=message)
             if self.tamper is not None and reply is not None:
                 reply = self.tamper(reply, message.metadata.message_type)
             if reply is not None:

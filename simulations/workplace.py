@@ -43,6 +43,8 @@ _QUIET = {
     # Workers started ahead of the actors, and metrics, are never used and cost a quarter of a short run's CPU time.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_metrics_collection": "0",
+    # Ray listens on every network interface and asks nobody for a password; where it expects no cluster, on loopback only.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "OMP_NUM_THREADS": "1",
     "COLUMNS": "1000",  # keeps Flower's sentences on one line
     # `flwr run` does not flush what it prints: through a pipe it would come in blocks of 8 kB.

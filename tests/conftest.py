@@ -8,8 +8,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 NodeConfig = dict[str, str | int | bool | float]
+torch.set_num_threads(1)
 TINY = "experiment=tiny finetune=none"
 
 
@@ -62,7 +64,9 @@ def federate(tmp_path: Path) -> Callable[..., Path]:
     from server.app import app as server_app
     from simulations.in_process import run_in_process
 
-    def run(root: Path, *overrides: str, name: str = "run", node_configs: dict[int, NodeConfig] | None = None, **grid: object) -> Path:
+    def run(
+        root: Path, *overrides: str, name: str = "run", node_configs: dict[int, NodeConfig] | None = None, **grid: object
+    ) -> Path:
         sites = list_sites(root)
         virtual: dict[int, NodeConfig] = {
             number + 1: {"partition-id": number, "num-partitions": len(sites)} for number in range(len(sites))

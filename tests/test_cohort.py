@@ -14,6 +14,7 @@ from simulations import cohort
 from simulations.cohort import (
     CONSORTIUM,
     Anatomy,
+    Lesion,
     Pose,
     Scanner,
     Site,
@@ -52,7 +53,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def clinic(monkeypatch: pytest.MonkeyPatch) -> Site:
+def clinic(monkeypatch: pytest.MonkeyPatch) -> None:
     """A consortium of one small site, for tests that write more than once."""
     site = Site(
         name="clinic",
@@ -61,7 +62,6 @@ def clinic(monkeypatch: pytest.MonkeyPatch) -> Site:
         age_range_years=(20, 80),
     )
     monkeypatch.setattr(cohort, "CONSORTIUM", (site,))
-    return site
 
 
 def test_consortium_has_the_sites_of_the_design():
@@ -101,8 +101,7 @@ def test_layout_is_bids_and_matches_the_truth(tiny: Path):
 
 def test_every_row_of_the_truth_has_its_scan_and_no_scan_is_without_one(tiny: Path):
     expected = {
-        Path(row["site"], row["participant_id"], row["session"], "anat")
-        / f"{row['participant_id']}_{row['session']}_T1w.nii.gz"
+        Path(row["site"], row["participant_id"], row["session"], "anat") / f"{row['participant_id']}_{row['session']}_T1w.nii.gz"
         for row in read_table(tiny / "truth.tsv")
     }
     assert {path.relative_to(tiny) for path in tiny.rglob("*.nii.gz")} == expected
@@ -155,12 +154,15 @@ def test_share_of_second_sessions():
     assert sum(s.num_sessions == 2 for s in subjects) / len(subjects) == pytest.approx(0.15, abs=0.01)
 
 
-def test_same_seed_gives_the_same_bytes_with_any_number_of_workers(tiny: Path, tmp_path: Path):
-    write_cohort(tmp_path / "again", scale=TINY, num_workers=3)
-    assert contents(tmp_path / "again") == contents(tiny)
+@pytest.mark.usefixtures("clinic")
+def test_same_seed_gives_the_same_bytes_with_any_number_of_workers(tmp_path: Path):
+    for name, num_workers in (("one", 1), ("again", 1), ("three", 3)):
+        write_cohort(tmp_path / name, num_workers=num_workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "again") == contents(tmp_path / "three")
 
 
-def test_another_seed_gives_other_subjects(clinic: Site, tmp_path: Path):
+@pytest.mark.usefixtures("clinic")
+def test_another_seed_gives_other_subjects(tmp_path: Path):
     write_cohort(tmp_path / "a", seed=0)
     write_cohort(tmp_path / "b", seed=1)
     a, b = contents(tmp_path / "a"), contents(tmp_path / "b")
@@ -170,7 +172,8 @@ def test_another_seed_gives_other_subjects(clinic: Site, tmp_path: Path):
     assert gzip.decompress(a[scans[0]])[344:348] == b"n+1\0"
 
 
-def test_a_larger_scale_keeps_the_subjects_of_a_smaller(clinic: Site, tmp_path: Path):
+@pytest.mark.usefixtures("clinic")
+def test_a_larger_scale_keeps_the_subjects_of_a_smaller(tmp_path: Path):
     write_cohort(tmp_path / "small")
     write_cohort(tmp_path / "large", scale=1.5)
     small, large = contents(tmp_path / "small"), contents(tmp_path / "large")
@@ -179,15 +182,17 @@ def test_a_larger_scale_keeps_the_subjects_of_a_smaller(clinic: Site, tmp_path: 
     assert all(large[name] == small[name] for name in scans)
 
 
-def test_progress_counts_every_scan(clinic: Site, tmp_path: Path):
+@pytest.mark.usefixtures("clinic")
+def test_progress_counts_every_scan(tmp_path: Path):
     calls: list[tuple[int, int]] = []
     write_cohort(tmp_path / "cohort", progress=lambda done, total: calls.append((done, total)), num_workers=2)
     assert calls == [(2, 5), (3, 5), (4, 5), (5, 5)]
 
 
-def test_interrupted_write_leaves_nothing(clinic: Site, tmp_path: Path):
+@pytest.mark.usefixtures("clinic")
+def test_interrupted_write_leaves_nothing(tmp_path: Path):
     def interrupt(done: int, total: int) -> None:
-        if done > 2:
+        if done > total // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -195,8 +200,9 @@ def test_interrupted_write_leaves_nothing(clinic: Site, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_rewrite_keeps_the_old_cohort(clinic: Site, tmp_path: Path):
-    def interrupt(done: int, total: int) -> None:
+@pytest.mark.usefixtures("clinic")
+def test_interrupted_rewrite_keeps_the_old_cohort(tmp_path: Path):
+    def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
 
     write_cohort(tmp_path / "cohort")
@@ -206,7 +212,8 @@ def test_interrupted_rewrite_keeps_the_old_cohort(clinic: Site, tmp_path: Path):
     assert contents(tmp_path) == before
 
 
-def test_ensure_writes_once_and_again_when_asked_for_another(clinic: Site, tmp_path: Path):
+@pytest.mark.usefixtures("clinic")
+def test_ensure_writes_once_and_again_when_asked_for_another(tmp_path: Path):
     root = tmp_path / "new" / "cohort"
     assert ensure_cohort(root)
     before = contents(root)
@@ -218,20 +225,23 @@ def test_ensure_writes_once_and_again_when_asked_for_another(clinic: Site, tmp_p
     assert list(root.parent.iterdir()) == [root]
 
 
-def test_empty_folder_is_filled(clinic: Site, tmp_path: Path):
+@pytest.mark.usefixtures("clinic")
+def test_empty_folder_is_filled(tmp_path: Path):
     assert ensure_cohort(tmp_path)
     assert (tmp_path / "cohort.json").is_file()
 
 
+@pytest.mark.usefixtures("clinic")
 @pytest.mark.parametrize("write", [write_cohort, ensure_cohort])
-def test_foreign_folder_is_refused_untouched(write, clinic: Site, tmp_path: Path):
+def test_foreign_folder_is_refused_untouched(write, tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match=r"must be missing, empty or an unchanged cohort.* Name another folder\.$"):
         write(tmp_path)
     assert contents(tmp_path) == {"thesis.txt": b"years of work"}
 
 
-def test_cohort_with_added_files_is_refused_untouched(clinic: Site, tmp_path: Path):
+@pytest.mark.usefixtures("clinic")
+def test_cohort_with_added_files_is_refused_untouched(tmp_path: Path):
     write_cohort(tmp_path / "cohort")
     (tmp_path / "cohort" / "clinic" / "notes.txt").write_text("added later")
     before = contents(tmp_path)
@@ -312,24 +322,24 @@ def test_volume_looks_like_a_head():
     assert volume.max() <= 1.1
     edge = [volume[0], volume[-1], volume[:, 0], volume[:, -1], volume[:, :, -1]]
     assert max(float(face.max()) for face in edge) < 0.05, "the head lies within the field of view, neck excepted"
-    assert 0.9e6 < 64 * np.count_nonzero(volume > 0.93) < 1.3e6 or 64 * np.count_nonzero(volume > 0.93) > 3e5
+    white_ml = 0.064 * np.count_nonzero(volume > 0.93)
+    assert 250 < white_ml < 600
 
 
-def test_rendered_ventricles_have_the_volume_of_the_truth():
-    for age, seed in ((25.0, 1), (55.0, 2), (80.0, 3)):
-        anatomy = subject(age, seed)
-        # With no ventricles the region is white and deep grey matter; what darkens is ventricle.
-        with_ventricles = render(anatomy, (2.0, 2.0, 2.0))
-        without = render(replace(anatomy, ventricle_volume_ml=1e-6), (2.0, 2.0, 2.0))
-        fraction = (without - with_ventricles) / np.maximum(without - cohort.CSF, 0.2)
-        assert 0.008 * fraction.sum() == pytest.approx(anatomy.ventricle_volume_ml, rel=0.15)
+@pytest.mark.parametrize("voxel_mm", [3.0, 4.0])
+def test_rendered_ventricles_grow_by_what_the_truth_says(voxel_mm: float):
+    small = replace(subject(), ventricle_volume_ml=12.0)
+    size = (voxel_mm, voxel_mm, voxel_mm)
+    before, after = render(small, size), render(replace(small, ventricle_volume_ml=36.0), size)
+    # Around the ventricles lies white matter, 1, with some deep grey matter, 0.74 to 0.84: on average about 0.95.
+    grown_ml = voxel_mm**3 / 1000 * (before - after).sum() / (0.95 - cohort.CSF)
+    assert grown_ml == pytest.approx(24.0, rel=0.06)
 
 
 def test_rendered_grey_matter_shrinks_with_cortical_thickness():
     anatomy = subject()
     white = [
-        np.count_nonzero(render(replace(anatomy, cortical_thickness_mm=thickness)) > 0.85)
-        for thickness in (2.2, 2.7, 3.2, 3.7)
+        np.count_nonzero(render(replace(anatomy, cortical_thickness_mm=thickness)) > 0.85) for thickness in (2.2, 2.7, 3.2, 3.7)
     ]
     assert white == sorted(white, reverse=True)
     assert white[0] > 1.1 * white[-1]
@@ -338,25 +348,23 @@ def test_rendered_grey_matter_shrinks_with_cortical_thickness():
 def test_age_shows_in_the_image():
     rng = np.random.default_rng(5)
     people = [draw_anatomy(rng, age, "F", False) for age in np.linspace(20, 84, 24)]
-    # A box around the lateral ventricles, and the whole brain in a shell under the vertex.
+    # Fluid and grey matter in a box around the lateral ventricles.
     darkness = [float((render(person)[17:29, 15:37, 20:30] < 0.6).mean()) for person in people]
     assert np.corrcoef([person.age_years for person in people], darkness)[0, 1] > 0.8
 
 
-def test_lesion_darkens_its_own_temporal_lobe_and_nothing_else():
-    patient = next(person for person in (subject(seed=seed, patient=True) for seed in range(50)) if large(person))
-    change = render(replace(patient, lesion=None)) - render(patient)
-    x, y, z = np.array(patient.lesion.centre_mm) * patient.head_scale * np.array(patient.aspect)
-    peak = np.array(np.unravel_index(np.abs(change).argmax(), change.shape))
-    centre = (np.array(change.shape) - 1) / 2 + np.array([x, y, z]) / 4
-    assert np.linalg.norm((peak - centre) * 4) < 25
-    assert change.sum() > 0
-    other_side = change[:23] if x > 0 else change[23:]
+@pytest.mark.parametrize("side", [-1, 1])
+def test_lesion_darkens_its_own_temporal_lobe_and_nothing_else(side: int):
+    lesion_mm = np.array((27.0 * side, -14.0, -16.0))
+    healthy = subject()
+    patient = replace(healthy, lesion=Lesion(centre_mm=tuple(lesion_mm), volume_ml=8.0))
+    darkening = render(healthy) - render(patient)
+    axes = [(np.arange(n) - (n - 1) / 2) * 4.0 for n in darkening.shape]
+    where_mm = np.array([(darkening * axis).sum() for axis in np.meshgrid(*axes, indexing="ij")]) / darkening.sum()
+    assert np.linalg.norm(where_mm - lesion_mm * healthy.head_scale * healthy.aspect) < 8
+    assert darkening.max() > 0.2
+    other_side = darkening[:22] if side > 0 else darkening[24:]
     assert np.abs(other_side).max() < 1e-3
-
-
-def large(person: Anatomy) -> bool:
-    return person.lesion is not None and person.lesion.volume_ml > 6
 
 
 def test_pose_moves_the_head():
@@ -438,7 +446,7 @@ def test_bias_field_belongs_to_the_coil():
     same = np.corrcoef([log_field(3, seed) for seed in range(4)])
     assert same.min() > 0.7
     assert not np.array_equal(log_field(3, 0), log_field(3, 1))
-    assert abs(np.corrcoef(log_field(1, 0), log_field(2, 0))[0, 1]) < 0.7
+    assert abs(np.corrcoef(log_field(3, 0), log_field(5, 0))[0, 1]) < 0.5
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LAS", "PSR", "LPS", "ASL", "IRP"])
@@ -458,9 +466,7 @@ def test_reorienting_gives_the_same_anatomy_at_the_same_place(orientation: str):
 
 def test_intensity_scale_changes_storage_not_intensity():
     volume = render(subject())
-    plain, scaled = (
-        nib.Nifti1Image.from_bytes(to_nifti(volume, Scanner(name="x", scl_slope=slope))) for slope in (None, 0.5)
-    )
+    plain, scaled = (nib.Nifti1Image.from_bytes(to_nifti(volume, Scanner(name="x", scl_slope=slope))) for slope in (None, 0.5))
     np.testing.assert_allclose(plain.get_fdata(), scaled.get_fdata(), atol=0.75)
     assert scaled.dataobj.get_unscaled().max() > 1.9 * plain.dataobj.get_unscaled().max()
 

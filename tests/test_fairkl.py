@@ -157,7 +157,11 @@ def test_withheld_variance_compares_means_at_equal_variance() -> None:
     # Positives only (all of one age): (.7 - .2)^2 / (2 (.01 + .0001)) for this anchor.
     z = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0.8, 0, 0.6]], dtype=torch.float64)
     remote = GroupMoments(
-        torch.tensor([30.0]), torch.tensor([10.0]), torch.tensor([[0.2, 0.0, 0.0]]), torch.full((1, 3), math.nan), torch.zeros(0, 3, 3)
+        torch.tensor([30.0]),
+        torch.tensor([10.0]),
+        torch.tensor([[0.2, 0.0, 0.0]]),
+        torch.full((1, 3), math.nan),
+        torch.zeros(0, 3, 3),
     )
     fairkl = FairKL(min_weight=1.5)  # the other anchors have no group either way below: all three have two aligned rows
     age, one = torch.full((3,), 30.0), torch.zeros(3)
@@ -198,8 +202,13 @@ def test_no_group_is_smaller_than_the_policy_says() -> None:
 
 
 def test_moments_that_cannot_be_are_refused() -> None:
-    good = {"label_G": torch.tensor([30.0]), "count_G": torch.tensor([10.0]), "mean_GD": torch.tensor([[0.5, 0.5]]),
-            "variance_GD": torch.zeros(1, 2), "covariance_GDD": torch.zeros(0, 2, 2)}
+    good = {
+        "label_G": torch.tensor([30.0]),
+        "count_G": torch.tensor([10.0]),
+        "mean_GD": torch.tensor([[0.5, 0.5]]),
+        "variance_GD": torch.zeros(1, 2),
+        "covariance_GDD": torch.zeros(0, 2, 2),
+    }
     assert len(GroupMoments(**good)) == 1
     for name, value, match in [
         ("mean_GD", torch.tensor([[2.0, 0.0]]), "unit ball"),

@@ -252,7 +252,7 @@ TOY = {
                 time.sleep(0.1)
             question = RecordDict({"asked": ConfigRecord({"overrides": overrides})})
             for reply in grid.send_and_receive([Message(question, node, "train") for node in nodes], timeout=600):
-                log.info("answer %s", reply.error.reason if reply.has_error() else dict(reply.content["told"]))
+                log.info("answer %s", reply.error.reason.splitlines()[-1] if reply.has_error() else dict(reply.content["told"]))
             if overrides == "fail":
                 raise RuntimeError("1 of 2 sites answered")
             if overrides == "hang":
@@ -347,6 +347,13 @@ def test_a_server_that_raises_is_a_failed_run_with_its_reason(toy: Path):
     assert "The SuperLink wrote:" in (toy.parent / "run.log").read_text()
 
 
+def listening_addresses(pids: list[int]) -> set[str]:
+    """Where these processes listen for connections, as /proc/net/tcp and tcp6 write it: hexadecimal, without port."""
+    inodes = {str(fd.readlink()) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in inodes}
+
+
 @pytest.mark.slow
 def test_ending_the_launcher_ends_flower_and_ray(toy: Path):
     command = [sys.executable, "-c", LAUNCH_TOY, str(toy), "hang"]
@@ -355,6 +362,8 @@ def test_ending_the_launcher_ends_flower_and_ray(toy: Path):
         home = Path(next(launcher.stdout).split()[1])
         assert any("waiting for ever" in line for line in launcher.stdout)
         assert len(processes(home)) > 5, "SuperLink, SuperExec, simulation, Ray and its actors"
+        loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
+        assert listening_addresses(processes(home)) == loopback, "Ray would let anyone on the network run code here"
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait() == 128 + signal.SIGTERM
     assert processes(home) == []

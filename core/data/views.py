@@ -95,9 +95,10 @@ def draw(policy: ViewPolicy, num_volumes: int, shape: tuple[int, int, int], gene
 
 
 def apply(volumes_B1XYZ: Tensor, drawn: DrawnViews) -> Tensor:
-    """The drawn view of each volume, (B, 1, X, Y, Z), a new tensor on the volumes' device; what comes in from outside is 0."""
+    """The drawn view of each volume, (B, 1, X, Y, Z), a new tensor on the same device; what comes in from outside is 0."""
     viewed_B1XYZ = torch.zeros_like(volumes_B1XYZ)
-    for target, source, flip, shift_3 in zip(viewed_B1XYZ, volumes_B1XYZ, drawn.flip_B.tolist(), drawn.shift_B3.tolist(), strict=True):
+    flips, shifts = drawn.flip_B.tolist(), drawn.shift_B3.tolist()
+    for target, source, flip, shift_3 in zip(viewed_B1XYZ, volumes_B1XYZ, flips, shifts, strict=True):
         to = [slice(max(0, s), size + min(0, s)) for s, size in zip(shift_3, source.shape[1:], strict=True)]
         of = [slice(max(0, -s), size + min(0, -s)) for s, size in zip(shift_3, source.shape[1:], strict=True)]
         target[:, to[0], to[1], to[2]] = (source.flip(1) if flip else source)[:, of[0], of[1], of[2]]

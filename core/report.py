@@ -1,0 +1,647 @@
+"""From the evaluations of a run to one page a person can read offline.
+
+`write_report` draws the figures and writes report.html; what it says first is computed from the numbers.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from core import __version__
+from core.checkpoint import write_atomically
+from core.evaluation.embeddings import Embeddings
+from core.evaluation.intervals import Evaluation, NotEvaluableError
+from core.evaluation.probes import planar_map
+from core.report_page import PAGE
+
+STAGES = {
+    "raw": "Raw voxels + PCA",
+    "untrained": "Untrained encoder",
+    "pretrained": "Pretrained encoder",
+    "linear_probe": "Linear probe",
+    "full_finetuning": "Full fine-tuning",
+    "from_scratch": "From scratch",
+    "age_sex_floor": "Floor: age and sex only",
+    "chance": "Chance",
+    "pretrain": "Pretraining",
+}
+METRICS = {
+    "balanced_accuracy": "balanced accuracy",
+    "balanced_accuracy_knn": "balanced accuracy, 10-NN",
+    "auc": "AUC",
+    "mae": "MAE, years",
+    "mae_unseen": "MAE at unseen sites, years",
+    "r2": "R²",
+}
+REFERENCES = ("chance", "age_sex_floor")
+MAX_SCANS_IN_MAP = 1000
+MAX_SITES_IN_LEGEND = 21
+
+# Okabe and Ito's colours without yellow, which is too light on white; the marker tells sites apart without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":", "-.")
+INK, SOFT, GRID = "#1c2530", "#5d6975", "#e2e6ea"
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": "#aab3bb",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.7,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """Everything a report is made of; any part may be empty.
+
+    Attributes:
+        name: Of the run.
+        config: The run's configuration, nested.
+        status: How it ended, in words.
+        sites: One mapping a site: name, role, scans, subjects, scanners (a number or names), age_range (text),
+            problems ({what: count}).
+        rounds: The lines of rounds.jsonl: stage, round, seconds, sites {site: {"loss": ..., "fairkl": ...}},
+            failures {site: text}.
+        evaluations: As in metrics.json.
+        maps: Embeddings by stage, those that were shared.
+        notes: Sentences on what was left out, and why.
+    """
+
+    name: str
+    status: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    sites: Sequence[Mapping[str, Any]] = ()
+    rounds: Sequence[Mapping[str, Any]] = ()
+    evaluations: Sequence[Evaluation] = ()
+    maps: Mapping[str, Embeddings] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+def write_report(folder: Path, record: RunRecord) -> Path:
+    """Write report.html and figures/*.png into an existing folder.
+
+    Returns:
+        The path of report.html, which holds the figures itself and fetches nothing.
+    """
+    looks = _site_looks(record)
+    figures, map_notes = _figures(record, looks)
+    for name, png in figures.items():
+        write_atomically(folder / "figures" / f"{name}.png", png)
+    path = folder / "report.html"
+    write_atomically(path, _page(record, looks, figures, map_notes).encode())
+    return path
+
+
+def verdict(evaluations: Sequence[Evaluation]) -> str:
+    """One sentence on site predictability after pretraining, made from the numbers alone."""
+    now = _find(evaluations, "pretrained", "site", "balanced_accuracy")
+    if now is None:
+        return "Site predictability of the pretrained encoder was not evaluated in this run."
+    chance, floor, before = (
+        _find(evaluations, stage, "site", "balanced_accuracy") for stage in ("chance", "age_sex_floor", "untrained")
+    )
+    beside = [
+        f"{words} {_figure(e.value, e)}"
+        for words, e in (("chance", chance), ("floor from age and sex", floor), ("before pretraining", before))
+        if e is not None
+    ]
+    place = ""
+    if floor is not None and now.low is not None and now.high is not None:
+        below, above = floor.value < now.low, floor.value > now.high
+        place = ", above the floor" if below else ", below the floor" if above else ", not told apart from the floor"
+    return (
+        f"Site can be read from the pretrained representation with balanced accuracy {_with_interval(now)}{place}"
+        + (f" ({', '.join(beside)})" if beside else "")
+        + "."
+    )
+
+
+# ---- numbers and words
+
+
+def _find(evaluations: Iterable[Evaluation], stage: str, task: str, metric: str) -> Evaluation | None:
+    """The first such figure over all sites."""
+    wanted = (stage, task, metric, "all")
+    return next((e for e in evaluations if (e.stage, e.task, e.metric, e.site) == wanted), None)
+
+
+def _figure(number: float, evaluation: Evaluation) -> str:
+    return f"{number:.1f}" if evaluation.metric.startswith("mae") else f"{number:.2f}"
+
+
+def _with_interval(e: Evaluation) -> str:
+    bounds = f" [{_figure(e.low, e)}, {_figure(e.high, e)}]" if e.low is not None and e.high is not None else ""
+    return f"{_figure(e.value, e)}{bounds}"
+
+
+def _stage(stage: str) -> str:
+    return STAGES.get(stage, stage)
+
+
+def _measure(e: Evaluation) -> str:
+    return f"{e.task}: {METRICS.get(e.metric, e.metric)}"
+
+
+def _in_order(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
+    """By task and metric as they came, then by stage as known, constants last."""
+    rows = list(evaluations)
+    kinds = list(dict.fromkeys((e.task, e.metric.removesuffix("_knn")) for e in rows))
+    stages = [*STAGES, *dict.fromkeys(e.stage for e in rows if e.stage not in STAGES)]
+    return sorted(rows, key=lambda e: (kinds.index((e.task, e.metric.removesuffix("_knn"))), stages.index(e.stage)))
+
+
+def _row_labels(rows: Sequence[Evaluation]) -> list[str]:
+    """The stage, and whatever else differs between rows."""
+    regimes, seeds = len({e.regime for e in rows}) > 1, len({e.seed for e in rows}) > 1
+    return [_stage(e.stage) + (f", {e.regime}" if regimes else "") + (f", seed {e.seed}" if seeds else "") for e in rows]
+
+
+def _cards(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    cards = []
+    for title, stages, task, metric, others in (
+        (
+            "Site predictability, pretrained",
+            ("pretrained",),
+            "site",
+            "balanced_accuracy",
+            (("untrained", "before"), ("age_sex_floor", "floor"), ("chance", "chance")),
+        ),
+        ("Age error in years, pretrained", ("pretrained",), "age", "mae", (("untrained", "before"),)),
+        (
+            "Diagnosis AUC, {stage}",
+            ("full_finetuning", "linear_probe", "pretrained"),
+            "diagnosis",
+            "auc",
+            (("from_scratch", "from scratch"),),
+        ),
+    ):
+        now = next((e for stage in stages if (e := _find(evaluations, stage, task, metric)) is not None), None)
+        if now is None:
+            continue
+        beside = [
+            f"{words} {_figure(e.value, e)}"
+            for stage, words in others
+            if (e := _find(evaluations, stage, task, metric)) is not None
+        ]
+        cards.append({"title": title.format(stage=_stage(now.stage).lower()), "now": now, "beside": ", ".join(beside)})
+    return cards
+
+
+def _pivots(evaluations: Sequence[Evaluation], sites: Sequence[str]) -> list[dict[str, Any]]:
+    """Figures of single sites: a table a task, a row a site, a column a stage and metric."""
+    tables = []
+    single = _in_order(e for e in evaluations if e.site != "all")
+    for task in dict.fromkeys(e.task for e in single):
+        rows = [e for e in single if e.task == task]
+        columns: dict[str, dict[str, Evaluation]] = {}
+        for e, label in zip(rows, _row_labels(rows), strict=True):
+            metric = e.metric.removesuffix("_unseen")
+            columns.setdefault(f"{label}: {METRICS.get(metric, metric)}", {}).setdefault(e.site, e)
+        named = [site for site in sites if any(site in column for column in columns.values())]
+        cells = [(site, [column.get(site) for column in columns.values()]) for site in named]
+        tables.append({"title": task.capitalize(), "columns": list(columns), "rows": cells})
+    return tables
+
+
+def _site_table(record: RunRecord) -> list[dict[str, str]]:
+    table = []
+    for site in record.sites:
+        scanners = site.get("scanners", "—")
+        problems = [f"{count} {what}" for what, count in _problem_counts(site)]
+        table.append(
+            {
+                "name": str(site["name"]),
+                "role": str(site.get("role") or "—"),
+                "subjects": str(site.get("subjects", "—")),
+                "scans": str(site.get("scans", "—")),
+                "scanners": ", ".join(map(str, scanners)) if isinstance(scanners, list | tuple) else str(scanners),
+                "ages": str(site.get("age_range") or _age_range(record.maps, str(site["name"]))),
+                "problems": ", ".join(problems) or "none",
+            }
+        )
+    return table
+
+
+def _age_range(maps: Mapping[str, Embeddings], site: str) -> str:
+    ages = [e.age_years[(e.site == site) & np.isfinite(e.age_years)] for e in maps.values()]
+    known = np.concatenate(ages) if ages else np.empty(0)
+    return f"{known.min():.0f} to {known.max():.0f}" if len(known) else "—"
+
+
+def _problem_counts(site: Mapping[str, Any]) -> list[tuple[str, int]]:
+    problems = site.get("problems") or {}
+    return [(str(what).replace("_", " "), int(count)) for what, count in problems.items() if int(count)]
+
+
+def _problems(record: RunRecord) -> list[str]:
+    """What went wrong at the sites and in the rounds, counted."""
+    problems = [f"{site['name']}: {count} {what}." for site in record.sites for what, count in _problem_counts(site)]
+    failed: dict[tuple[str, str, str], list[int]] = {}
+    not_finite: dict[tuple[str, str], list[int]] = {}
+    for line in record.rounds:
+        stage = _stage(str(line["stage"]))
+        for site, text in line.get("failures", {}).items():
+            failed.setdefault((stage, site, str(text)), []).append(int(line["round"]))
+        for site, values in line["sites"].items():
+            if not all(math.isfinite(value) for value in values.values()):
+                not_finite.setdefault((stage, site), []).append(int(line["round"]))
+    for (stage, site, text), rounds in failed.items():
+        problems.append(f"{stage}, {_rounds(rounds)}: {site} took no part: {text}")
+    for (stage, site), rounds in not_finite.items():
+        problems.append(f"{stage}, {_rounds(rounds)}: {site} reported a number that is not finite; it is not drawn.")
+    return problems
+
+
+def _rounds(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+    return f"round {shown}" if len(numbers) == 1 else f"{len(numbers)} rounds ({shown})"
+
+
+def _facts(record: RunRecord) -> list[str]:
+    facts = [record.status]
+    if record.sites:
+        facts.append(f"{len(record.sites)} sites")
+    for stage in dict.fromkeys(str(line["stage"]) for line in record.rounds):
+        of_stage = [line for line in record.rounds if line["stage"] == stage]
+        facts.append(f"{_stage(stage).lower()} {len(of_stage)} rounds in {_duration(sum(x['seconds'] for x in of_stage))}")
+    return facts
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _config_groups(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Nested keys as dotted lines, one group a top-level mapping, the plain keys first."""
+    plain = [(key, _words(value)) for key, value in config.items() if not isinstance(value, Mapping)]
+    groups = [
+        (key, [(".".join(path), _words(leaf)) for path, leaf in _leaves(value)])
+        for key, value in config.items()
+        if isinstance(value, Mapping)
+    ]
+    return ([("run", plain)] if plain else []) + [group for group in groups if group[1]]
+
+
+def _leaves(tree: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Any]]:
+    leaves: list[tuple[tuple[str, ...], Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            leaves += [((str(key), *path), leaf) for path, leaf in _leaves(value)]
+        else:
+            leaves.append(((str(key),), value))
+    return leaves
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "—" if value is None or value == {} else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _page(record: RunRecord, looks: Mapping[str, "_Look"], figures: Mapping[str, bytes], map_notes: Sequence[str]) -> str:
+    overall = _in_order(e for e in record.evaluations if e.site == "all")
+    shown = ("site", "scanner", "age", "diagnosis")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters.update(figure=_figure, stage=_stage, measure=_measure)
+    return page.from_string(PAGE).render(
+        record=record,
+        version=__version__,
+        facts=_facts(record),
+        verdict=verdict(record.evaluations),
+        cards=_cards(record.evaluations),
+        sites=_site_table(record),
+        config=_config_groups(record.config),
+        figures={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in figures.items()},
+        map_notes=map_notes,
+        site_rows=[e for e in overall if e.task in ("site", "scanner")],
+        age_rows=[e for e in overall if e.task == "age"],
+        diagnosis_rows=[e for e in overall if e.task == "diagnosis"],
+        other_rows=[e for e in overall if e.task not in shown],
+        pivots=_pivots(record.evaluations, list(looks)),
+        problems=_problems(record),
+        colours={site: look.colour for site, look in looks.items()},
+    )
+
+
+# ---- figures
+
+
+@dataclass(frozen=True)
+class _Look:
+    """How a site is drawn, everywhere."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+def _site_looks(record: RunRecord) -> dict[str, _Look]:
+    named = [str(site["name"]) for site in record.sites]
+    met = [site for line in record.rounds for site in line["sites"]]
+    met += [site for embeddings in record.maps.values() for site in np.unique(embeddings.site).tolist()]
+    met += [e.site for e in record.evaluations if e.site != "all"]
+    sites = [*dict.fromkeys(named), *sorted(set(met) - set(named))]
+    return {
+        site: _Look(
+            COLOURS[i % len(COLOURS)], MARKERS[(i + i // len(COLOURS)) % len(MARKERS)], LINES[i // len(COLOURS) % len(LINES)]
+        )
+        for i, site in enumerate(sites)
+    }
+
+
+def _figures(record: RunRecord, looks: Mapping[str, _Look]) -> tuple[dict[str, bytes], list[str]]:
+    """PNG by name, those for which there is something to draw, and remarks on the map."""
+    with rc_context(STYLE):
+        map_figure, map_notes = _draw_maps(record.maps, looks)
+        drawn = {
+            "losses_pretraining": _draw_losses(record.rounds, looks, pretraining=True),
+            "losses_finetuning": _draw_losses(record.rounds, looks, pretraining=False),
+            "embeddings": map_figure,
+            "site_predictability": _draw_site_predictability(record.evaluations),
+            "age_error": _draw_age_error(record.evaluations, looks),
+            "diagnosis_auc": _draw_diagnosis(record.evaluations),
+        }
+        return {name: _png(figure) for name, figure in drawn.items() if figure is not None}, map_notes
+
+
+def _png(figure: Figure) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=170, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _short(name: str, length: int = 26) -> str:
+    """A name for a legend, which leaves out what starts with an underscore."""
+    name = " ".join(name.split())
+    name = name if len(name) <= length else name[: length - 1] + "…"
+    return f" {name}" if name.startswith("_") else name
+
+
+def _draw_losses(rounds: Sequence[Mapping[str, Any]], looks: Mapping[str, _Look], *, pretraining: bool) -> Figure | None:
+    lines = [line for line in rounds if (line["stage"] == "pretrain") == pretraining]
+    panels = [(stage, "loss") for stage in dict.fromkeys(line["stage"] for line in lines)]
+    if any(values.get("fairkl") for line in lines for values in line["sites"].values()):
+        panels += [(stage, "fairkl") for stage, _ in panels]
+    if not panels:
+        return None
+    figure = Figure(figsize=(10, 3.1), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (stage, metric) in zip(axes, panels, strict=True):
+        for site, look in looks.items():
+            points = [
+                (line["round"], line["sites"][site][metric])
+                for line in lines
+                if line["stage"] == stage and metric in line["sites"].get(site, {})
+            ]
+            finite = [(number, value) for number, value in points if math.isfinite(value)]
+            every = max(1, len(finite) // 8)
+            if finite:
+                axis.plot(
+                    *zip(*finite, strict=True),
+                    color=look.colour,
+                    linestyle=look.line,
+                    marker=look.marker,
+                    markersize=4,
+                    markevery=every,
+                )
+        axis.set_title(f"{_short(_stage(stage))}, {'FairKL' if metric == 'fairkl' else metric}")
+        axis.set_xlabel("round")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(axis="y")
+    present = [site for site in looks if any(site in line["sites"] for line in lines)]
+    _site_legend(figure, present, looks, lines=True)
+    return figure
+
+
+def _site_legend(figure: Figure, sites: Sequence[str], looks: Mapping[str, _Look], *, lines: bool) -> None:
+    shown = sites[:MAX_SITES_IN_LEGEND]
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=looks[site].colour,
+            marker=looks[site].marker,
+            linestyle=looks[site].line if lines else "none",
+            markersize=5.5,
+            label=_short(site),
+        )
+        for site in shown
+    ]
+    if len(sites) > len(shown):
+        handles.append(Line2D([], [], linestyle="none", label=f"and {len(sites) - len(shown)} more sites"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), columnspacing=2.2)
+
+
+def _draw_maps(maps: Mapping[str, Embeddings], looks: Mapping[str, _Look]) -> tuple[Figure | None, list[str]]:
+    """Rows are stages, columns are site, age and diagnosis."""
+    notes, rows = [], []
+    for stage in sorted(maps, key=lambda stage: (*STAGES, stage).index(stage)):
+        embeddings = maps[stage]
+        if len(embeddings) > MAX_SCANS_IN_MAP:
+            notes.append(f"{_stage(stage)}: {MAX_SCANS_IN_MAP} of {len(embeddings)} scans are drawn, chosen at random.")
+            chosen = np.random.default_rng(0).choice(len(embeddings), MAX_SCANS_IN_MAP, replace=False)
+            embeddings = embeddings.select(np.sort(chosen))
+        try:
+            rows.append((stage, embeddings, planar_map(embeddings)))
+        except NotEvaluableError as reason:
+            notes.append(f"{_stage(stage)}: {reason}")
+    if not rows:
+        return None, notes
+    ages = np.concatenate([embeddings.age_years for _, embeddings, _ in rows])
+    has_ages = bool(np.isfinite(ages).any())
+    figure = Figure(figsize=(10, 3.15 * len(rows) + 0.75), layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for axes_row, (stage, embeddings, place_N2) in zip(axes, rows, strict=True):
+        for axis, title in zip(axes_row, ("by site", "by age", "by diagnosis"), strict=True):
+            axis.set(xticks=[], yticks=[], title=f"{_short(_stage(stage))}, {title}")
+            axis.set_box_aspect(0.86)
+            axis.margins(0.06)
+            axis.spines[:].set(visible=True, color=GRID)
+        for held_out in (False, True):
+            size, opacity, edge = (30, 0.95, 0.5) if held_out else (11, 0.4, 0.0)
+            common = {"s": size, "alpha": opacity, "linewidths": edge, "edgecolors": "white"}
+            part = (embeddings.split == "test") == held_out
+            for site in [site for site in looks if (embeddings.site[part] == site).any()]:
+                at = place_N2[part & (embeddings.site == site)]
+                axes_row[0].scatter(*at.T, color=looks[site].colour, marker=looks[site].marker, **common)
+            unknown = part & ~np.isfinite(embeddings.age_years)
+            axes_row[1].scatter(*place_N2[unknown].T, color="#c9cfd4", marker="x", s=size, alpha=opacity, linewidths=0.8)
+            if has_ages:
+                known = part & ~unknown
+                points = axes_row[1].scatter(
+                    *place_N2[known].T,
+                    c=embeddings.age_years[known],
+                    cmap="viridis",
+                    vmin=np.nanmin(ages),
+                    vmax=np.nanmax(ages),
+                    **common,
+                )
+            for diagnosis, (colour, marker, _) in DIAGNOSIS_LOOKS.items():
+                at = place_N2[part & (embeddings.diagnosis == diagnosis)]
+                axes_row[2].scatter(*at.T, color=colour, marker=marker, **common)
+    if has_ages:
+        bar = figure.colorbar(points, cax=axes[-1, 1].inset_axes((0.12, -0.075, 0.76, 0.035)), orientation="horizontal")
+        bar.outline.set_visible(False)
+        bar.set_label("age, years", labelpad=1)
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=5.5, label=label)
+        for diagnosis, (colour, marker, label) in DIAGNOSIS_LOOKS.items()
+        if any((embeddings.diagnosis == diagnosis).any() for _, embeddings, _ in rows)
+    ]
+    axes[-1, 2].legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncols=len(handles))
+    present = [site for site in looks if any((embeddings.site == site).any() for _, embeddings, _ in rows)]
+    _site_legend(figure, present, looks, lines=False)
+    return figure, notes
+
+
+DIAGNOSIS_LOOKS = {
+    "": ("#c9cfd4", ".", "unknown"),
+    "control": ("#56B4E9", "o", "control"),
+    "patient": ("#D55E00", "^", "patient"),
+}
+
+
+def _draw_site_predictability(evaluations: Sequence[Evaluation]) -> Figure | None:
+    panels = []
+    for task in ("site", "scanner"):
+        rows = _in_order(e for e in evaluations if e.task == task and e.site == "all" and e.stage not in REFERENCES)
+        if rows:
+            panels.append((task, rows))
+    if not panels:
+        return None
+    tallest = max(len(rows) for _, rows in panels)
+    figure = Figure(figsize=(10, 1.5 + 0.3 * tallest), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (task, rows) in zip(axes, panels, strict=True):
+        for stage, colour in (("chance", SOFT), ("age_sex_floor", "#009E73")):
+            reference = _find(evaluations, stage, task, "balanced_accuracy")
+            if reference is None:
+                continue
+            axis.axvline(reference.value, color=colour, linewidth=1.2, linestyle=":" if stage == "chance" else "-", zorder=1)
+            if reference.low is not None:
+                axis.axvspan(reference.low, reference.high, color=colour, alpha=0.1, linewidth=0, zorder=0)
+        labels = _row_labels(rows)
+        _dots(axis, rows, labels, [INK if e.stage == "pretrained" else SOFT for e in rows])
+        if axis is not axes[0] and labels == _row_labels(panels[0][1]):
+            axis.set_yticklabels([])
+        axis.set(title=f"Which {task}?", xlabel="balanced accuracy", xlim=(0, 1))
+    handles = [
+        Line2D([], [], color=INK, marker="o", linestyle="-", linewidth=1.2, label="linear probe"),
+        Line2D([], [], color=INK, marker="o", markerfacecolor="white", linestyle="-", linewidth=1.2, label="10-NN probe"),
+        Line2D([], [], color="#009E73", linewidth=1.2, label="floor: age and sex only, 95 % band"),
+        Line2D([], [], color=SOFT, linewidth=1.2, linestyle=":", label="chance"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=2.2)
+    return figure
+
+
+def _draw_age_error(evaluations: Sequence[Evaluation], looks: Mapping[str, _Look]) -> Figure | None:
+    errors = [e for e in evaluations if e.task == "age" and e.metric in ("mae", "mae_unseen")]
+    overall = _in_order(e for e in errors if e.site == "all")
+    if not overall:
+        return None
+    last = overall[-1].stage if _find(errors, "pretrained", "age", "mae") is None else "pretrained"
+    single = [e for site in looks for e in errors if e.site == site and e.stage == last]
+    panels = 2 if single else 1
+    figure = Figure(figsize=(10, 1.2 + 0.3 * max(len(overall), len(single))), layout="constrained")
+    axes = figure.subplots(1, panels, squeeze=False, sharex=True)[0]
+    unseen = {True: ", unseen sites", False: ""}
+    labels = [f"{label}{unseen[e.metric == 'mae_unseen']}" for e, label in zip(overall, _row_labels(overall), strict=True)]
+    _dots(axes[0], overall, labels, [INK if e.stage == "pretrained" else SOFT for e in overall])
+    axes[0].set(title="All sites", xlabel="mean absolute error, years")
+    if single:
+        labels = [f"{_short(e.site)}{' (unseen)' if e.metric == 'mae_unseen' else ''}" for e in single]
+        markers = [looks[e.site].marker for e in single]
+        _dots(axes[1], single, labels, [looks[e.site].colour for e in single], markers)
+        axes[1].set(title=f"{_short(_stage(last))}, by site", xlabel="mean absolute error, years")
+    axes[0].set_xlim(left=0)
+    return figure
+
+
+def _draw_diagnosis(evaluations: Sequence[Evaluation]) -> Figure | None:
+    rows = _in_order(e for e in evaluations if (e.task, e.metric, e.site) == ("diagnosis", "auc", "all"))
+    if not rows:
+        return None
+    figure = Figure(figsize=(10, 1.1 + 0.32 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    axis.axvline(0.5, color=SOFT, linewidth=1.2, linestyle=":", zorder=1)
+    frozen = {"raw", "untrained", "pretrained"}
+    labels = [f"{label}, frozen" if e.stage in frozen else label for e, label in zip(rows, _row_labels(rows), strict=True)]
+    colours = {"linear_probe": "#0072B2", "full_finetuning": "#0072B2", "from_scratch": "#D55E00", "pretrained": INK}
+    _dots(axis, rows, labels, [colours.get(e.stage, SOFT) for e in rows])
+    low = min(0.4, *(e.value if e.low is None else e.low for e in rows))
+    axis.set(xlabel="area under the ROC curve (dotted: 0.5, a coin)", xlim=(max(0.0, low - 0.03), 1))
+    return figure
+
+
+def _dots(
+    axis: Any,
+    rows: Sequence[Evaluation],
+    labels: Sequence[str],
+    colours: Sequence[str],
+    markers: Sequence[str] | None = None,
+) -> None:
+    """One line a figure, from the top: the value as a dot, hollow for the second probe or set, its interval, the number."""
+    for place, (e, colour, marker) in enumerate(zip(rows, colours, markers or ["o"] * len(rows), strict=True)):
+        hollow = e.metric in ("balanced_accuracy_knn", "mae_unseen")
+        if e.low is not None:
+            axis.plot([e.low, e.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="round", zorder=2)
+        axis.plot(
+            e.value,
+            place,
+            marker=marker,
+            color=colour,
+            markersize=7,
+            markerfacecolor="white" if hollow else colour,
+            markeredgewidth=1.6,
+            zorder=3,
+        )
+        axis.annotate(
+            _with_interval(e),
+            (1.015, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8.5,
+            color=colour if colour == INK else SOFT,
+        )
+    axis.set_yticks(range(len(rows)), [_short(label, 40) for label in _once(labels)])
+    axis.tick_params(axis="y", labelcolor=INK)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.grid(axis="x")
+    axis.spines["left"].set_visible(False)
+
+
+def _once(labels: Sequence[str]) -> list[str]:
+    """Labels without what repeats the line above."""
+    return ["" if i and label == labels[i - 1] else label for i, label in enumerate(labels)]

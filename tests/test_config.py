@@ -1,0 +1,83 @@
+"""Configurations: every choice composes, every mistake is one line that helps."""
+
+from itertools import product
+
+import pytest
+
+from core.config import CONFIGS, ConfigError, DebiasConfig, describe, load_config
+from core.losses import NTXent, YAware
+
+
+def test_defaults_are_the_phantom_with_yaware_and_fairkl() -> None:
+    config = load_config()
+    assert config.objective == YAware(temperature=0.1, bandwidth_years=5.0)
+    assert (config.data.name, config.debias.name, config.encoder.name) == ("phantom", "fairkl", "small")
+
+
+def test_every_choice_of_every_group_composes() -> None:
+    groups = ("encoder", "objective", "debias", "views", "strategy", "privacy", "finetune")
+    choices = [[f"{group}={path.stem}" for path in (CONFIGS / group).glob("*.yaml")] for group in groups]
+    assert all(choices)
+    for overrides in product(*choices):
+        load_config(list(overrides))
+    for name in ("phantom", "mcic", "folder"):
+        assert load_config(f"data={name} data.root=/somewhere").data.name == name
+    for experiment in ("mcic", "tiny"):
+        assert load_config(f"experiment={experiment} data.root=/somewhere").name == experiment
+
+
+def test_overrides_may_be_one_quoted_line() -> None:
+    config = load_config(
+        """objective=ntxent objective.temperature=0.3 'data.root="/a folder/of=scans"' data.target_sites=[a,b]"""
+    )
+    assert config.objective == NTXent(temperature=0.3)
+    assert str(config.data.root) == "/a folder/of=scans"
+    assert config.data.target_sites == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("numrounds=3", "must name a known key, got 'numrounds'; nearest: num_rounds"),
+        ("root=/x", "got 'root'; nearest: data.root"),
+        ("objective.bandwith_years=3", "nearest: objective.bandwidth_years"),
+        ("objective=simclr", r"objective must be one of \['ntxent', 'yaware'\], got 'simclr'"),
+        ("encoder=desnet121", "got 'desnet121'; nearest: densenet121"),
+        ("num_rounds=0", "num_rounds: Input should be greater than or equal to 1, got 0"),
+        ("num_rounds=many", "num_rounds: .*valid integer.*got 'many'"),
+        ("encoder.width=x", "encoder.width: .*got 'x'"),
+        ("+surprise=1", "surprise is no known key"),
+        ("+objective.margin=1", "objective yaware has no setting 'margin'"),
+        ("objective.temperature=-1", "temperature must be positive and finite, got -1"),
+        ("debias.weight=0", "use debias=none to switch off"),
+        ("views.cutout_fraction=2", "cutout_fraction must be between 0 and 0.9, got 2"),
+        ("warmup_rounds=100", "warmup_rounds must be less than num_rounds, got 100 and"),
+        ("debias.warmup_rounds=100", "debias.warmup_rounds must be less than num_rounds"),
+        ("privacy=clip_and_noise privacy.clip_norm=inf privacy.noise_multiplier=1", "clip_norm must be finite when noise"),
+        ("privacy=clip_and_noise privacy.clip_norm=0", "clip_norm must be positive"),
+        ("finetune.num_rounds=0", "finetune.num_rounds must be at least 1 when there are stages"),
+        ("experiment=mcic", "data.root must be given, got nothing"),
+        ("name=a/b", "name: .*got 'a/b'"),
+        ("data.pretrain_sites=['../x']", "data.pretrain_sites"),
+        ("_target_=os.system", "must name a known key, got '_target_'"),
+    ],
+)
+def test_mistakes_are_one_line_that_helps(overrides: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        load_config(overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_stored_names_no_folder() -> None:
+    stored = describe(load_config("data.root=/secret/folder output=/another seed=7"))
+    assert "secret" not in str(stored)
+    assert "another" not in str(stored)
+    assert stored["objective"] == {"name": "yaware", "temperature": 0.1, "bandwidth_years": 5.0}
+    assert stored["seed"] == 7
+
+
+def test_the_weight_of_debiasing_rises_after_its_warm_up() -> None:
+    debias = DebiasConfig(name="fairkl", weight=2.0, warmup_rounds=2, exchange_every=3)
+    assert [debias.weight_in_round(r) for r in range(1, 7)] == [0.0, 0.0, 1.0, 2.0, 2.0, 2.0]
+    assert [r for r in range(1, 13) if debias.exchanges_in_round(r)] == [3, 6, 9, 12]
+    assert not any(DebiasConfig(name="none").exchanges_in_round(r) for r in range(1, 13))

@@ -1,0 +1,128 @@
+"""What crosses the wire comes out as it went in, or is refused."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord
+from hypothesis import given
+from hypothesis import strategies as st
+from monai.networks.nets import DenseNet121
+
+from core.evaluation.embeddings import Embeddings
+from core.exchange import (
+    ExchangeError,
+    SiteError,
+    check_like,
+    error_kind,
+    fingerprint,
+    pack,
+    pack_embeddings,
+    pack_moments,
+    unpack,
+    unpack_embeddings,
+    unpack_moments,
+)
+from core.moments import MomentPolicy, site_moments
+
+
+def test_densenet_round_trip_is_bit_exact_and_keeps_integer_buffers() -> None:
+    torch.manual_seed(0)
+    state = DenseNet121(spatial_dims=3, in_channels=1, out_channels=2).state_dict()
+    state["features.norm0.num_batches_tracked"] += 2**40 + 1
+    assert len(state) == 727
+    arrays, layout = pack(state)
+    assert set(arrays) == {"float32", "int64"}
+    back = unpack(arrays, layout)
+    assert list(back) == list(state)
+    for name, value in state.items():
+        assert back[name].dtype == value.dtype
+        assert back[name].shape == value.shape
+        assert back[name].numpy().tobytes() == value.numpy().tobytes()
+    assert int(back["features.norm0.num_batches_tracked"]) == 2**40 + 1
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
+
+
+@given(st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3), st.integers(0, 2**31)), max_size=6))
+def test_any_state_survives(entries: list[tuple[torch.dtype, list[int], int]]) -> None:
+    state = {}
+    for number, (dtype, shape, seed) in enumerate(entries):
+        values = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)) * 37
+        state[f"w{number}"] = values.to(dtype)
+    back = unpack(*pack(state))
+    assert list(back) == list(state)
+    assert all(back[n].dtype == v.dtype and back[n].shape == v.shape and torch.equal(back[n], v) for n, v in state.items())
+
+
+def test_damaged_states_are_refused() -> None:
+    state = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    arrays, layout = pack(state)
+    with pytest.raises(ExchangeError, match="missing or too short"):
+        unpack(ArrayRecord({"float32": Array(np.ones(9, np.float32))}), layout)
+    with pytest.raises(ExchangeError, match="left over"):
+        unpack(ArrayRecord({"float32": Array(np.ones(11, np.float32))}), layout)
+    with pytest.raises(ExchangeError, match="must be float32, got torch.float64"):
+        unpack(ArrayRecord({"float32": Array(np.ones(10))}), layout)
+    with pytest.raises(ExchangeError, match="missing or too short"):
+        unpack(arrays, json.dumps([["a", "float16", [2, 3]]]))
+    for bad in (math.nan, math.inf):
+        values = np.ones(10, np.float32)
+        values[7] = bad
+        with pytest.raises(ExchangeError, match="finite, got NaN or infinity in 1, first 'b'"):
+            unpack(ArrayRecord({"float32": Array(values)}), layout)
+
+
+def test_states_of_another_model_are_refused() -> None:
+    state = {"a": torch.ones(2, 3), "b": torch.ones(4)}
+    check_like(state, {name: value * 2 for name, value in state.items()}, "here")
+    for other in (
+        {"a": torch.ones(3, 2), "b": torch.ones(4)},
+        {"b": torch.ones(4), "a": torch.ones(2, 3)},
+        {"a": torch.ones(2, 3)},
+    ):
+        with pytest.raises(ExchangeError, match="here: weights must match"):
+            check_like(other, state, "here")
+
+
+def test_moments_survive_and_the_wrong_width_is_refused() -> None:
+    z = torch.nn.functional.normalize(torch.randn(90, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
+    moments, _ = site_moments(z, torch.full((90,), 40.0), torch.zeros(90), bin_years=5.0, policy=MomentPolicy())
+    back = unpack_moments(pack_moments(moments), 4, "site a")
+    assert torch.allclose(back.mean_GD.double(), moments.mean_GD, atol=1e-7)
+    assert back.count_G.tolist() == [90.0]
+    with pytest.raises(ExchangeError, match="site a: moments must have 5 features, got 4"):
+        unpack_moments(pack_moments(moments), 5, "site a")
+    with pytest.raises(ExchangeError, match="site a"):
+        unpack_moments(ArrayRecord({"label_G": Array(np.ones(2, np.float32))}), 4, "site a")
+
+
+def test_embeddings_survive_with_any_names() -> None:
+    table = Embeddings(
+        h_NF=np.arange(6, dtype=np.float32).reshape(3, 2),
+        subject=np.array([0, 1, 1]),
+        site=np.array(["Université", "b", "b"]),
+        scanner=np.array(["", "3T α", "x"]),
+        sex=np.array(["F", "", "M"]),
+        diagnosis=np.array(["control", "", "patient"]),
+        split=np.array(["train", "test", "test"]),
+        age_years=np.array([1.5, np.nan, 80.0]),
+    )
+    back = unpack_embeddings(pack_embeddings(table))
+    for name, value in vars(table).items():
+        np.testing.assert_array_equal(getattr(back, name), value)
+
+
+def test_what_a_site_reports_is_read_back() -> None:
+    raised = f"{SiteError}{SiteError('not_finite', 'site a, round 3: the loss must be finite.')}"
+    assert error_kind(raised) == ("not_finite", "site a, round 3: the loss must be finite.")
+    assert error_kind("boom") == ("unknown", "boom")
+    assert error_kind("") == ("unknown", "no reason given")
+
+
+def test_fingerprint_is_of_the_code() -> None:
+    assert len(fingerprint()) == 64
+    assert fingerprint() == fingerprint()

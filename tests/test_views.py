@@ -1,0 +1,114 @@
+"""Views: replayable, each knob alone does what it says, and nothing at 0."""
+
+import pytest
+import torch
+
+from core.data.sampling import subject_batches
+from core.data.views import ViewPolicy, apply, draw
+
+OFF = {"flip_probability": 0.0, "rotation_degrees": 0.0, "translation_voxels": 0.0, "scale_range": 0.0,
+       "cutout_fraction": 0.0, "noise_sd": 0.0}  # fmt: skip
+SHAPE = (10, 12, 8)
+
+
+def volumes(n: int = 3) -> torch.Tensor:
+    return torch.rand(n, 1, *SHAPE, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def view(seed: int = 0, **knobs: float) -> torch.Tensor:
+    return apply(volumes(), draw(ViewPolicy(**{**OFF, **knobs}), 3, SHAPE, torch.Generator().manual_seed(seed)))
+
+
+def test_the_same_seed_gives_the_same_view_and_another_another() -> None:
+    knobs = {"flip_probability": 0.5, "rotation_degrees": 10.0, "cutout_fraction": 0.3, "noise_sd": 0.1, "scale_range": 0.1}
+    assert torch.equal(view(1, **knobs), view(1, **knobs))
+    assert not torch.equal(view(1, **knobs), view(2, **knobs))
+
+
+def test_tiny_knobs_leave_the_volume_as_it_is_and_the_source_is_never_touched() -> None:
+    source = volumes()
+    drawn = draw(ViewPolicy(**{**OFF, "noise_sd": 1e-30}), 3, SHAPE, torch.Generator().manual_seed(0))
+    viewed = apply(source, drawn)
+    assert torch.equal(viewed, source)
+    viewed.zero_()
+    assert torch.equal(source, volumes())
+
+
+def test_flip_mirrors_left_and_right() -> None:
+    assert torch.equal(view(flip_probability=1.0), volumes().flip(2))
+
+
+def test_translation_moves_by_whole_voxels_and_fills_with_zero() -> None:
+    for source, moved in zip(volumes(), view(4, translation_voxels=3.0), strict=True):
+        found = [
+            (x, y, z)
+            for x in range(-3, 4)
+            for y in range(-3, 4)
+            for z in range(-3, 4)
+            if torch.equal(moved[0] > 0, torch.roll(inside(x, y, z), (0, 0, 0), (0, 1, 2)))
+            and torch.equal(moved[0][inside(x, y, z)], torch.roll(source[0], (x, y, z), (0, 1, 2))[inside(x, y, z)])
+        ]
+        assert len(found) == 1
+
+
+def inside(*shift: int) -> torch.Tensor:
+    """Voxels that a shifted volume still covers."""
+    mask = torch.ones(SHAPE, dtype=torch.bool)
+    for axis, s in enumerate(shift):
+        index = torch.arange(SHAPE[axis])
+        keep = (index >= s) & (index < SHAPE[axis] + s)
+        mask &= keep.reshape([-1 if a == axis else 1 for a in range(3)])
+    return mask
+
+
+def test_cutout_blanks_one_box_of_the_given_size() -> None:
+    blanked = (view(2, cutout_fraction=0.5) == 0).flatten(1).sum(dim=1)
+    assert (blanked <= 5 * 6 * 4).all()
+    assert (blanked >= 2 * 3 * 2).all()
+
+
+def test_noise_has_the_drawn_size() -> None:
+    drawn = draw(ViewPolicy(**{**OFF, "noise_sd": 0.2}), 3, SHAPE, torch.Generator().manual_seed(0))
+    noise = (apply(volumes(), drawn) - volumes()).flatten(1)
+    assert noise.std(dim=1) == pytest.approx(drawn.noise_sd_B.numpy(), rel=0.1)
+
+
+def test_rotation_keeps_a_ball_and_turns_a_bar() -> None:
+    x, y, z = torch.meshgrid(*(torch.linspace(-1, 1, 21) for _ in range(3)), indexing="ij")
+    ball = torch.sigmoid(20 * (0.5 - (x**2 + y**2 + z**2).sqrt()))[None, None]
+    bar = ((y.abs() < 0.2) & (z.abs() < 0.2)).float()[None, None]
+    policy = ViewPolicy(**{**OFF, "rotation_degrees": 60.0})
+    drawn = draw(policy, 1, (21, 21, 21), torch.Generator().manual_seed(1))
+    assert float((apply(ball, drawn) - ball).abs().max()) < 0.1
+    assert float((apply(bar, drawn) - bar).abs().max()) > 0.9
+
+
+def test_rotation_on_an_uneven_grid_is_a_rotation_of_millimetres() -> None:
+    x, y, z = torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in (21, 31, 25)), indexing="ij")
+    ball = torch.sigmoid(2 * (6 - (x**2 + y**2 + z**2).sqrt()))[None, None]
+    drawn = draw(ViewPolicy(**{**OFF, "rotation_degrees": 45.0}), 1, (21, 31, 25), torch.Generator().manual_seed(3))
+    assert float((apply(ball, drawn) - ball).abs().max()) < 0.1
+
+
+def test_equal_views_and_bad_knobs_are_refused() -> None:
+    with pytest.raises(ValueError, match="two equal views teach nothing"):
+        ViewPolicy(**OFF)
+    with pytest.raises(ValueError, match="cutout_fraction must be between 0 and 0.9, got 2"):
+        ViewPolicy(cutout_fraction=2)
+
+
+def test_batches_hold_one_scan_a_subject_and_use_every_subject_before_any_again() -> None:
+    subjects = [f"s{i // 2}" for i in range(20)]  # ten subjects, two scans each
+    batches = list(subject_batches(subjects, batch_size=4, num_batches=5, generator=torch.Generator().manual_seed(0)))
+    assert [len(batch) for batch in batches] == [4] * 5
+    for batch in batches:
+        assert len({subjects[i] for i in batch}) == 4
+    seen = [subjects[i] for batch in batches for i in batch]
+    assert len(set(seen[:10])) == 10
+    assert len(set(seen[10:20])) == 10
+    assert {i % 2 for batch in batches for i in batch} == {0, 1}
+
+
+def test_a_small_site_uses_all_its_subjects() -> None:
+    batches = list(subject_batches(["a", "b", "b"], batch_size=8, num_batches=2, generator=torch.Generator().manual_seed(0)))
+    assert [len(batch) for batch in batches] == [2, 2]
