@@ -29,11 +29,12 @@ from core.exchange import (
     pack_embeddings,
     pack_moments,
     unpack_moments,
+    unpack_reference,
     unpack_state,
 )
 from core.finetuning import Stage, diagnosis_codes, finetune
 from core.models import Classifier, Pretrainer, build_classifier, build_pretrainer
-from core.moments import site_moments
+from core.moments import feature_sums, site_moments
 from core.privacy import harden
 from core.training import NotFiniteError, TrainResult, embed, pretrain
 
@@ -140,8 +141,8 @@ def train_pretrain(message: Message, context: Context) -> Message:
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
         model = received_model(received, config, site)
-        features = model.encoder.num_features if config.debias.space == "h" else config.embedding_size
-        moments = received.array_records.get("moments")
+        features = exchanged_features(model, config)
+        moments, reference = received.array_records.get("moments"), received.array_records.get("reference")
         result = pretrain(
             model,
             healthy(held.splits["train"]),
@@ -149,22 +150,52 @@ def train_pretrain(message: Message, context: Context) -> Message:
             round_number=round_number(received),
             device=site.device,
             remote=unpack_moments(moments, features, "server") if moments else None,
+            reference=unpack_reference(reference, features, "server") if reference else None,
         )
         return trained(result, received, config)
 
     return at_site(task)(message, context)
 
 
-@app.query("moments")
-def query_moments(message: Message, context: Context) -> Message:
-    """Moments of the site's embeddings by scanner and age, as far as the site's policy allows."""
+def exchanged_features(model: Pretrainer, config: RunConfig) -> int:
+    """Width of the space that FairKL acts in."""
+    return model.encoder.num_features if config.debias.space == "h" else config.embedding_size
+
+
+def features_of_subjects(
+    received: RecordDict, config: RunConfig, site: Site, held: Holdings
+) -> tuple[SiteData, torch.Tensor, int]:
+    """The healthy training subjects, one scan each, their features under the received weights, and how many these are."""
+    data = healthy(held.splits["train"]).first_scans()
+    model = received_model(received, config, site)
+    h_NF, z_ND = embed(model, data, site.device)
+    return data, (h_NF if config.debias.space == "h" else z_ND).double(), exchanged_features(model, config)
+
+
+@app.query("sums")
+def query_sums(message: Message, context: Context) -> Message:
+    """Sums of the site's features for the reference that all sites standardise by, as far as the site's policy allows."""
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        data = healthy(held.splits["train"]).first_scans()
-        h_NF, z_ND = embed(received_model(received, config, site), data, site.device)
-        rows = torch.nn.functional.normalize((h_NF if config.debias.space == "h" else z_ND).double(), dim=1)
+        _, features_ND, _ = features_of_subjects(received, config, site, held)
+        return content(sums=ArrayRecord({"sums": Array(feature_sums(features_ND, site.moments).numpy())}))
+
+    return at_site(task)(message, context)
+
+
+@app.query("moments")
+def query_moments(message: Message, context: Context) -> Message:
+    """Moments of the site's standardised features by scanner and age, as far as the site's policy allows."""
+
+    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
+        data, features_ND, width = features_of_subjects(received, config, site, held)
+        reference = unpack_reference(received.array_records["reference"], width, "server")
         moments, withheld = site_moments(
-            rows, data.ages(), data.scanner_codes(), bin_years=config.debias.bin_years, policy=site.moments
+            reference.rows(features_ND),
+            data.ages(),
+            data.scanner_codes(),
+            bin_years=config.debias.bin_years,
+            policy=site.moments,
         )
         return content(moments=pack_moments(moments), metrics=MetricRecord({"withheld-scans": withheld}))
 

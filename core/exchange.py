@@ -17,7 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from core.evaluation.embeddings import Embeddings
-from core.moments import GroupMoments
+from core.moments import GroupMoments, Reference
 
 State = dict[str, Tensor]
 
@@ -125,6 +125,19 @@ def unpack_moments(arrays: ArrayRecord, features: int, where: str) -> GroupMomen
     if moments.mean_GD.shape[1] != features:
         raise ExchangeError(f"{where}: moments must have {features} features, got {moments.mean_GD.shape[1]}.")
     return moments
+
+
+def pack_reference(reference: Reference) -> ArrayRecord:
+    """Mean and scale as float32 arrays."""
+    return ArrayRecord({"mean": Array(_numpy(reference.mean_D.float())), "scale": Array(_numpy(reference.scale_D.float()))})
+
+
+def unpack_reference(arrays: ArrayRecord, features: int, where: str) -> Reference:
+    """The reference that was packed, checked."""
+    mean_D, scale_D = (torch.from_numpy(arrays[name].numpy().copy()) for name in ("mean", "scale"))
+    if tuple(mean_D.shape) != (features,):
+        raise ExchangeError(f"{where}: the reference must have {features} features, got {tuple(mean_D.shape)}.")
+    return Reference(mean_D, scale_D)
 
 
 def pack_embeddings(embeddings: Embeddings) -> ArrayRecord:

@@ -92,6 +92,63 @@ class GroupMoments:
         return mean_NG, variance_NG
 
 
+@dataclass(frozen=True)
+class Reference:
+    """Mean and standard deviation of every feature over all sites, the same constants everywhere.
+
+    Representations share a large common part, which would hide every difference between sites from their similarities;
+    standardised by it they spread over the sphere, as a z-scored probe sees them.
+    """
+
+    mean_D: Tensor
+    scale_D: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean_D.ndim != 1 or self.mean_D.shape != self.scale_D.shape:
+            raise ValueError(
+                f"reference: mean and scale must be vectors of one length, got {tuple(self.mean_D.shape)} and "
+                f"{tuple(self.scale_D.shape)}."
+            )
+        if not (self.mean_D.isfinite().all() and self.scale_D.isfinite().all() and (self.scale_D > 0).all()):
+            raise ValueError("reference: means must be finite and scales positive. Look at the sites' losses.")
+
+    def rows(self, features_ND: Tensor) -> Tensor:
+        """Standardised rows of unit length."""
+        scaled_ND = (features_ND - self.mean_D.to(features_ND)) / self.scale_D.to(features_ND)
+        return torch.nn.functional.normalize(scaled_ND, dim=1)
+
+
+def feature_sums(features_ND: Tensor, policy: MomentPolicy) -> Tensor:
+    """Count, sum and sum of squares of every feature, (3, D) float64, one row a subject: what a site sends for the reference.
+
+    All is NaN below ``policy.min_group`` subjects, the squares below ``policy.diagonal_subjects``.
+    """
+    features_ND = features_ND.double()
+    count_D = torch.full_like(features_ND[0], len(features_ND))
+    sums_3D = torch.stack([count_D, features_ND.sum(dim=0), features_ND.square().sum(dim=0)])
+    if len(features_ND) < policy.diagonal_subjects:
+        sums_3D[2] = torch.nan
+    if len(features_ND) < policy.min_group:
+        sums_3D[:] = torch.nan
+    return sums_3D
+
+
+def reference_from(sums: Sequence[Tensor]) -> Reference | None:
+    """The reference over all sites from their `feature_sums`, None when every site withholds.
+
+    The mean is over the sites that tell their sum, the variance about it over those that tell their squares; without any of
+    these, and for a feature that never varies, the scale is 1.
+    """
+    sums_S3D = torch.stack(list(sums)).double()
+    told_S3D = sums_S3D[~sums_S3D[:, 1].isnan().any(dim=1)]
+    if not len(told_S3D):
+        return None
+    mean_D = told_S3D[:, 1].sum(dim=0) / told_S3D[:, 0].sum(dim=0)
+    count_D, sum_D, square_D = told_S3D[~told_S3D[:, 2].isnan().any(dim=1)].sum(dim=0)
+    variance_D = ((square_D - 2 * mean_D * sum_D) / count_D + mean_D.square()).nan_to_num(nan=1.0).clamp_min(0.0)
+    return Reference(mean_D, torch.where(variance_D > 1e-12 * (1 + mean_D.square()), variance_D.sqrt(), 1.0))
+
+
 def concatenate(parts: Sequence[GroupMoments]) -> GroupMoments:
     """All groups of several sites, in the order given."""
     if any(len(part.covariance_GDD) for part in parts):

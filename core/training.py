@@ -14,9 +14,8 @@ from core.config import RunConfig
 from core.data.sampling import subject_batches
 from core.data.site import SiteData
 from core.data.views import apply, draw
-from core.losses.contrastive import two_views
 from core.models import Pretrainer
-from core.moments import GroupMoments
+from core.moments import GroupMoments, Reference
 from core.seeding import generator, seed
 
 
@@ -74,6 +73,7 @@ def pretraining_losses(
     round_number: int,
     device: torch.device,
     remote: GroupMoments | None,
+    reference: Reference | None,
 ) -> Iterator[dict[str, Tensor]]:
     """Objective and FairKL of each local step of a round."""
     batches = subject_batches(
@@ -95,7 +95,8 @@ def pretraining_losses(
         age_N = ages[batch]
         terms = {"objective": config.objective(z1_ND, z2_ND, {"age_years": age_N})}
         if weight > 0:
-            rows = two_views(*(h_RF if config.debias.space == "h" else z_RD).chunk(2))
+            features = h_RF if config.debias.space == "h" else z_RD
+            rows = reference.rows(features) if reference else torch.nn.functional.normalize(features, dim=1)
             scan_R = torch.arange(len(batch), device=device).repeat(2)
             divergence = config.debias.fairkl()(
                 rows, age_N.repeat(2), scanners[batch].repeat(2), scan_R, remote, len(batch) / num_subjects
@@ -112,6 +113,7 @@ def pretrain(
     round_number: int,
     device: torch.device,
     remote: GroupMoments | None = None,
+    reference: Reference | None = None,
 ) -> TrainResult:
     """A round's local steps on one site's scans; the model is trained in place.
 
@@ -125,6 +127,7 @@ def pretrain(
         round_number: counts from 1.
         device: where to compute.
         remote: moments of the other sites' groups, for FairKL across sites.
+        reference: what features are standardised by before FairKL, here and in ``remote``.
 
     Raises:
         NotFiniteError: a loss was NaN or infinite.
@@ -133,7 +136,7 @@ def pretrain(
     rate = learning_rate(config.learning_rate, round_number, config.num_rounds, config.warmup_rounds)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay)
     model.train()
-    losses = pretraining_losses(model, data, config, round_number, device, remote)
+    losses = pretraining_losses(model, data, config, round_number, device, remote, reference)
     metrics = take_steps(losses, optimiser, f"site {data.site}, round {round_number}")
     return TrainResult(dict(model.state_dict()), len(data), metrics)
 

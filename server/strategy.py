@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
@@ -24,11 +25,12 @@ from core.exchange import (
     fingerprint,
     pack,
     pack_moments,
+    pack_reference,
     unpack,
     unpack_moments,
     unpack_state,
 )
-from core.moments import GroupMoments, concatenate
+from core.moments import GroupMoments, Reference, concatenate, reference_from
 
 log = logging.getLogger("isocenter")
 
@@ -122,6 +124,7 @@ class SiteRounds(FedAvg):
         self.quorum = min(config.strategy.min_sites or len(nodes), len(nodes))
         self.layout = pack(template)[1]
         self.moments: dict[str, GroupMoments] = {}
+        self.reference: Reference | None = None
         self.exchanged: dict[str, object] = {}
         self.round_started = self.started = time.monotonic()
 
@@ -143,10 +146,21 @@ class SiteRounds(FedAvg):
             log.warning("round %d goes on without %s: %s", round_number, site, text)
 
     def exchange_moments(self, round_number: int, arrays: ArrayRecord, grid: Grid) -> None:
-        """Ask every site for the moments of its embeddings under the round's weights."""
+        """Ask every site for its sums, and under the reference made of these for its moments, with the round's weights."""
+        timeout_s = self.config.strategy.round_timeout_s
         task = self.task(round_number, arrays)
-        answers, failures = ask(grid, self.nodes, "query.moments", lambda _: task, self.config.strategy.round_timeout_s)
+        answers, failures = ask(grid, self.nodes, "query.sums", lambda _: task, timeout_s)
         self.moments = {}
+        self.reference = None
+        sums = {site: check_sums(answer, self.features, failures, site) for site, answer in answers.items()}
+        self.check_quorum(round_number, len(sums) - len(failures.keys() & sums.keys()), failures)
+        self.reference = reference_from([value for site, value in sums.items() if site not in failures])
+        if self.reference is None:
+            log.warning("round %d: every site withholds its sums, no moments are exchanged", round_number)
+            self.exchanged = {"groups": {}, "withheld_scans": {}}
+            return
+        task = self.task(round_number, arrays, reference=pack_reference(self.reference))
+        answers, failures = ask(grid, self.nodes, "query.moments", lambda _: task, timeout_s)
         for site, answer in answers.items():
             try:
                 self.moments[site] = unpack_moments(answer.array_records["moments"], self.features, f"site {site}")
@@ -173,6 +187,8 @@ class SiteRounds(FedAvg):
         for node, site in self.nodes.items():
             others = [moments for other, moments in self.moments.items() if other != site and len(moments)]
             more = {"moments": pack_moments(concatenate(others))} if others else {}
+            if self.reference is not None:
+                more["reference"] = pack_reference(self.reference)
             message_type = "train.pretrain" if self.stage == "pretrain" else "train.finetune"
             record = self.task(server_round, arrays, **more)
             messages.append(Message(content=record, message_type=message_type, dst_node_id=node))
@@ -238,6 +254,14 @@ class SiteRounds(FedAvg):
         """Evaluation is a stage of its own, after the rounds."""
         del server_round, arrays, config, grid
         return []
+
+
+def check_sums(answer: RecordDict, features: int, failures: dict[str, tuple[str, str]], site: str) -> Tensor:
+    """A site's `feature_sums`; what they cannot be is noted among the failures."""
+    sums = answer.array_records["sums"]["sums"].numpy() if "sums" in answer.array_records else np.zeros(0)
+    if sums.shape != (3, features) or sums.dtype != np.float64 or (sums[0] <= 0).any() or np.isinf(sums).any():
+        failures[site] = ("exchange", f"sums must be 3 rows of {features} float64 without infinities, got {sums.shape}.")
+    return torch.from_numpy(sums.copy())
 
 
 def check_metrics(metrics: MetricRecord, where: str) -> None:

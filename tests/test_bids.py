@@ -29,9 +29,7 @@ def image(folder: Path, subject: str, session: str = "", entities: str = "") -> 
 
 def test_a_folder_for_each_site(tmp_path: Path) -> None:
     header = "participant_id age sex diagnosis scanner"
-    table(
-        tmp_path / "south" / "participants.tsv", header, "sub-01 31.5 F control south-a", "sub-02 62 M Patient south-b"
-    )
+    table(tmp_path / "south" / "participants.tsv", header, "sub-01 31.5 F control south-a", "sub-02 62 M Patient south-b")
     table(tmp_path / "north" / "participants.tsv", header, "sub-01 20 M control north")
     table(tmp_path / "derivatives" / "participants.tsv", header)
     first = image(tmp_path / "south", "sub-01", "ses-01")

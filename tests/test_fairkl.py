@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from core.losses import FairKL
-from core.moments import GroupMoments, MomentPolicy, age_groups, concatenate, site_moments
+from core.moments import (
+    GroupMoments,
+    MomentPolicy,
+    Reference,
+    age_groups,
+    concatenate,
+    feature_sums,
+    reference_from,
+    site_moments,
+)
 
 EXACT = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
 
@@ -221,3 +230,42 @@ def test_moments_that_cannot_be_are_refused() -> None:
             GroupMoments(**{**good, name: value})
     with pytest.raises(ValueError, match="min_group must be at least 1, got 0"):
         MomentPolicy(min_group=0)
+
+
+def test_reference_from_sums_is_that_of_the_pooled_features() -> None:
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 5, generator=g, dtype=torch.float64) * torch.tensor([1.0, 2, 3, 4, 0]) + 7
+    parts = [features[:70], features[70:135], features[135:]]
+    reference = reference_from([feature_sums(part, MomentPolicy()) for part in parts])
+    assert reference is not None
+    assert torch.allclose(reference.mean_D, features.mean(dim=0), atol=1e-12)
+    assert torch.allclose(reference.scale_D[:4], features.std(dim=0, correction=0)[:4], atol=1e-12)
+    assert float(reference.scale_D[4]) == 1.0  # never varies
+    rows = reference.rows(features)
+    assert torch.allclose(rows.norm(dim=1), torch.ones(200, dtype=torch.float64))
+
+
+def test_small_sites_withhold_their_sums() -> None:
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(100, 3, generator=g, dtype=torch.float64)
+    policy = MomentPolicy(min_group=10, diagonal_subjects=60)
+    assert feature_sums(features[:9], policy).isnan().all()
+    fifty = feature_sums(features[:50], policy)
+    assert fifty.isnan().tolist() == [[False] * 3, [False] * 3, [True] * 3]
+    assert reference_from([feature_sums(features[:9], policy)]) is None
+    # A site of 50 tells its mean; the spread comes from the site of 90 alone, about the mean of both.
+    both = reference_from([feature_sums(features[:50], policy), feature_sums(features[10:], policy)])
+    assert both is not None
+    mean = torch.cat([features[:50], features[10:]]).mean(dim=0)
+    assert torch.allclose(both.mean_D, mean, atol=1e-12)
+    assert torch.allclose(both.scale_D, (features[10:] - mean).square().mean(dim=0).sqrt(), atol=1e-12)
+    alone = reference_from([fifty])
+    assert alone is not None
+    assert alone.scale_D.tolist() == [1.0] * 3
+
+
+def test_a_reference_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="vectors of one length"):
+        Reference(torch.zeros(2), torch.ones(3))
+    with pytest.raises(ValueError, match="scales positive"):
+        Reference(torch.zeros(2), torch.zeros(2))

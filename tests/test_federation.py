@@ -90,8 +90,9 @@ def test_one_site_equals_local_training(consortium: Path, federate: Federate) ->
     """Identity 3, bit for bit."""
     from client.site import holdings, this_site
 
-    folder = federate(consortium, "data.pretrain_sites=[b]", name="alone")
-    config = load_config(f"experiment=tiny finetune=none data=folder data.root={consortium} data.pretrain_sites=[b]")
+    own = "data.pretrain_sites=[b] debias.exchange_every=0"
+    folder = federate(consortium, own, name="alone")
+    config = load_config(f"experiment=tiny finetune=none data=folder data.root={consortium} {own}")
     site = this_site({"partition-id": 1, "num-partitions": 3}, config)
     data = holdings(site, config).splits["train"].select(lambda scan: scan.diagnosis == "control")
     model = build_pretrainer(config.encoder, config.embedding_size, config.seed)

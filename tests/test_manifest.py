@@ -26,9 +26,7 @@ def scans_of(subjects: dict[int, tuple[int, str | None]]) -> tuple[Scan, ...]:
     )
 
 
-subjects = st.dictionaries(
-    st.integers(0, 999), st.tuples(st.integers(1, 3), st.sampled_from(DIAGNOSES)), min_size=1, max_size=40
-)
+subjects = st.dictionaries(st.integers(0, 999), st.tuples(st.integers(1, 3), st.sampled_from(DIAGNOSES)), min_size=1, max_size=40)
 
 
 def test_scans_are_sorted_by_subject_session_and_file_name() -> None:
@@ -89,17 +87,13 @@ def test_a_site_without_a_scan_is_stopped() -> None:
 
 
 @given(subjects, st.integers(0, 5))
-def test_a_split_parts_the_scans_and_never_a_subject(
-    subjects: dict[int, tuple[int, str | None]], split_seed: int
-) -> None:
+def test_a_split_parts_the_scans_and_never_a_subject(subjects: dict[int, tuple[int, str | None]], split_seed: int) -> None:
     manifest = Manifest("north", scans_of(subjects))
 
     splits = split_by_subject(manifest, split_seed=split_seed)
 
     assert list(splits) == ["train", "val", "test"]
-    assert sorted(scan.path for split in splits.values() for scan in split.scans) == sorted(
-        scan.path for scan in manifest.scans
-    )
+    assert sorted(scan.path for split in splits.values() for scan in split.scans) == sorted(scan.path for scan in manifest.scans)
     assert sum(split.num_subjects for split in splits.values()) == manifest.num_subjects
 
 

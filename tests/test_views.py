@@ -93,7 +93,7 @@ def test_rotation_on_an_uneven_grid_is_a_rotation_of_millimetres() -> None:
 def test_equal_views_and_bad_knobs_are_refused() -> None:
     with pytest.raises(ValueError, match="two equal views teach nothing"):
         ViewPolicy(**OFF)
-    with pytest.raises(ValueError, match="cutout_fraction must be between 0 and 0.9, got 2"):
+    with pytest.raises(ValueError, match=r"cutout_fraction must be between 0 and 0\.9, got 2"):
         ViewPolicy(cutout_fraction=2)
 
 

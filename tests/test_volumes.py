@@ -48,9 +48,7 @@ def save(
     affine = np.diag([*voxel_sizes_mm, 1.0])
     affine[:3, 3] = (-11.0, 5.0, 30.0)
     image = image_type(values, affine)
-    stored = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation)
-    )
+    stored = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(orientation))
     nib.save(image.as_reoriented(stored), path)
     return path
 
@@ -82,9 +80,7 @@ def test_interpolation_reproduces_a_linear_image_in_mm_from_its_centre(tmp_path:
         return 3 * x + 5 * y - 2 * z + 40
 
     stored_shape, voxel_sizes_mm = (41, 60, 20), (0.9, 1.2, 4.5)
-    path = save(
-        tmp_path / "a.nii.gz", linear(stored_shape, voxel_sizes_mm).astype(np.float32), voxel_sizes_mm, orientation
-    )
+    path = save(tmp_path / "a.nii.gz", linear(stored_shape, voxel_sizes_mm).astype(np.float32), voxel_sizes_mm, orientation)
     settings = VolumeSettings(voxel_size_mm=3.0, shape=(13, 16, 41), normalisation="none")
 
     volume = load_volume(path, settings)
@@ -243,9 +239,7 @@ def test_a_volume_without_foreground_cannot_be_normalised(tmp_path: Path) -> Non
         ({"magic": b"abc"}, "must be a readable NIfTI file"),
     ],
 )
-def test_headers_that_lie_are_refused_before_a_voxel_is_read(
-    tmp_path: Path, fields: dict[str, object], message: str
-) -> None:
+def test_headers_that_lie_are_refused_before_a_voxel_is_read(tmp_path: Path, fields: dict[str, object], message: str) -> None:
     path = edited(save(tmp_path / "a.nii", head()), **fields)
 
     with pytest.raises(VolumeError, match=message):
@@ -265,9 +259,7 @@ def test_headers_that_lie_are_refused_before_a_voxel_is_read(
         ("a.nii.gz", lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
     ],
 )
-def test_damaged_files_are_one_sentence_with_its_cause(
-    tmp_path: Path, name: str, content: Callable[[bytes], bytes]
-) -> None:
+def test_damaged_files_are_one_sentence_with_its_cause(tmp_path: Path, name: str, content: Callable[[bytes], bytes]) -> None:
     path = damaged(save(tmp_path / name, head()), content)
 
     with pytest.raises(VolumeError, match=r"must be a readable NIfTI file, got .*Fetch or export") as raised:
@@ -548,9 +540,7 @@ def test_a_real_t1w_scan_is_upright_and_scaled() -> None:
     assert volume[18:26, 20:32, 20:28].mean() > 0.3  # brain in the middle
 
 
-@pytest.mark.skipif(
-    not (SHARED / "nifti_corner_cases").is_dir(), reason="../shared/data/nifti_corner_cases is not there"
-)
+@pytest.mark.skipif(not (SHARED / "nifti_corner_cases").is_dir(), reason="../shared/data/nifti_corner_cases is not there")
 def test_third_party_files_load_or_are_refused() -> None:
     settings = VolumeSettings(voxel_size_mm=4.0, shape=(32, 32, 32), normalisation="robust")
     refused = set()

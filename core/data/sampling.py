@@ -22,7 +22,8 @@ def subject_batches(
     for _ in range(num_batches):
         if len(waiting) < size:
             fresh = torch.randperm(len(names), generator=generator).tolist()
-            waiting += [name for name in fresh if name not in waiting]
+            # Who is still waiting goes first now and last in the next turn, so that no batch holds a subject twice.
+            waiting = waiting + sorted(fresh, key=waiting.__contains__)
         batch, waiting = waiting[:size], waiting[size:]
         picks = torch.rand(size, generator=generator).tolist()
         scans = [scans_of[names[name]] for name in batch]

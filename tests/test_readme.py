@@ -1,0 +1,115 @@
+"""Every command of the README is run: by CI itself, or here."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.checkpoint import load_checkpoint
+from simulations.workplace import workplace
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"<!-- run in: (\w+) -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+# What makes a long comparison short; the command is otherwise run as it stands.
+SHORT = "num_rounds=1 warmup_rounds=0 debias.warmup_rounds=0 local_steps=1 finetune.num_rounds=1 finetune.local_steps=1"
+
+
+def block(name: str) -> str:
+    return "\n".join(text for place, text in BLOCKS if place == name)
+
+
+def execute(script: str, folder: Path, **variables: str) -> str:
+    """Run a block in a folder, with the checkout's virtual environment first on the path and nothing left behind."""
+    with workplace({}) as place:
+        environment = {**place.environment} | {
+            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "ISOCENTER": str(ROOT),
+            "ISOCENTER_CACHE": str(folder / "cache"),
+            "FLWR_HOME": str(folder / "flwr"),
+            **variables,
+        }
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, text=True, capture_output=True, check=False
+        )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_block_of_commands_says_where_it_is_run() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("```bash") == len(BLOCKS)
+    assert {place for place, _ in BLOCKS} == {"ci", "tour", "wrapped", "flower", "loopback"}
+
+
+def test_ci_runs_the_two_commands() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    for command in block("ci").split("\n"):
+        target = command.removeprefix("make ").strip()
+        assert not target or re.search(rf"\b{target}\b", ci), f".ci/run must run {command}"
+
+
+@pytest.mark.slow
+def test_the_tour_and_plain_flower(tmp_path: Path) -> None:
+    printed = execute(block("tour"), tmp_path)
+    assert "finished in" in printed
+    assert (tmp_path / "runs" / "tiny" / "report.html").is_file()
+    assert "debias=fairkl" in printed
+    execute(block("flower"), tmp_path)
+    assert (tmp_path / "runs" / "plain" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_long_comparisons_run_when_shortened(tmp_path: Path, write_site: Callable[..., None]) -> None:
+    """`isocenter` is wrapped: a few steps only, on a small phantom and on a folder laid out as the real one."""
+    for site in ("A", "B"):
+        write_site(tmp_path / "bids" / site, seed=len(site) + ord(site), healthy=14, patients=10, gain=ord(site) / 65)
+    rows = ["participant_id\tsite\tage\tsex\tdiagnosis"]
+    for site in ("A", "B"):
+        (tmp_path / "mcic" / site).mkdir(parents=True)
+        for line in (tmp_path / "bids" / site / "participants.tsv").read_text().splitlines()[1:]:
+            subject, age, sex, diagnosis, _ = line.split("\t")
+            rows.append(f"{subject}{site}\t{site}\t{age}\t{sex}\t{diagnosis}")
+            source = tmp_path / "bids" / site / subject / "ses-01" / "anat" / f"{subject}_ses-01_T1w.nii.gz"
+            shutil.copy(source, tmp_path / "mcic" / site / f"{subject}{site}_space-MNI_T1w.nii.gz")
+    (tmp_path / "mcic" / "participants.tsv").write_text("\n".join(rows) + "\n")
+    execute("isocenter phantom phantom --scale 0.1", tmp_path)
+    (tmp_path / "bin").mkdir()
+    wrapper = tmp_path / "bin" / "isocenter"
+    real = Path(sys.executable).parent / "isocenter"
+    wrapper.write_text(
+        f'#!/bin/bash\ncase "$*" in *mcic*) more="";; *) more="data.root={tmp_path}/phantom";; esac\n'
+        f'exec {real} "$@" {SHORT} $more\n'
+    )
+    wrapper.chmod(0o755)
+    script = block("wrapped").replace("--seeds 3", "--seeds 1")
+    printed = execute(script, tmp_path, MCIC=str(tmp_path / "mcic"))
+    assert printed.count("finished in") == 5
+    assert (tmp_path / "runs" / "mcic-compare.json").is_file()
+
+
+@pytest.mark.slow
+def test_separate_sites_give_what_the_simulation_gives(tmp_path: Path) -> None:
+    """The README's deployment, TLS and node authentication on loopback; then the same run as a simulation: the same weights."""
+    execute(block("loopback"), tmp_path)
+    deployed = tmp_path / "runs" / "hospitals"
+    assert (deployed / "report.html").is_file()
+    for site in ("north", "east", "west", "harbor"):
+        shutil.rmtree(tmp_path / "phantom" / site)
+    (tmp_path / "phantom" / "cohort.json").unlink()
+    execute(
+        "isocenter run experiment=tiny data.root=phantom data.pretrain_sites=[south,hill] data.target_sites=[hill] "
+        "output=simulated name=hospitals simulation.min_group=10",
+        tmp_path,
+    )
+    simulated = tmp_path / "simulated" / "hospitals"
+    for name in ("pretrain-0002", "full_finetuning-0001"):
+        theirs, ours = (folder / "checkpoints" / f"{name}.safetensors" for folder in (deployed, simulated))
+        state = load_checkpoint(ours).state
+        assert all(torch.equal(value, state[key]) for key, value in load_checkpoint(theirs).state.items())
+    assert (deployed / "metrics.json").read_text() == (simulated / "metrics.json").read_text()
