@@ -19,6 +19,7 @@ from core.checkpoint import load_strictly
 from core.config import ConfigError, RunConfig, load_config
 from core.data.manifest import UnusableScansError
 from core.data.site import SiteData
+from core.erasure import group_means
 from core.evaluation.embeddings import Embeddings
 from core.exchange import (
     ExchangeError,
@@ -27,6 +28,7 @@ from core.exchange import (
     fingerprint,
     pack,
     pack_embeddings,
+    pack_group_means,
     pack_moments,
     unpack_moments,
     unpack_reference,
@@ -141,7 +143,7 @@ def train_pretrain(message: Message, context: Context) -> Message:
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
         model = received_model(received, config, site)
-        features = exchanged_features(model, config)
+        features = model.encoder.num_features if config.debias.space == "h" else config.embedding_size
         moments, reference = received.array_records.get("moments"), received.array_records.get("reference")
         result = pretrain(
             model,
@@ -157,19 +159,11 @@ def train_pretrain(message: Message, context: Context) -> Message:
     return at_site(task)(message, context)
 
 
-def exchanged_features(model: Pretrainer, config: RunConfig) -> int:
-    """Width of the space that FairKL acts in."""
-    return model.encoder.num_features if config.debias.space == "h" else config.embedding_size
-
-
-def features_of_subjects(
-    received: RecordDict, config: RunConfig, site: Site, held: Holdings
-) -> tuple[SiteData, torch.Tensor, int]:
-    """The healthy training subjects, one scan each, their features under the received weights, and how many these are."""
+def features_of_subjects(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> tuple[SiteData, torch.Tensor]:
+    """The healthy training subjects, one scan each, and their features (N, D) in the space asked for."""
     data = healthy(held.splits["train"]).first_scans()
-    model = received_model(received, config, site)
-    h_NF, z_ND = embed(model, data, site.device)
-    return data, (h_NF if config.debias.space == "h" else z_ND).double(), exchanged_features(model, config)
+    h_NF, z_ND = embed(received_model(received, config, site), data, site.device)
+    return data, (h_NF if received.config_records["config"]["space"] == "h" else z_ND).double()
 
 
 @app.query("sums")
@@ -177,7 +171,7 @@ def query_sums(message: Message, context: Context) -> Message:
     """Sums of the site's features for the reference that all sites standardise by, as far as the site's policy allows."""
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        _, features_ND, _ = features_of_subjects(received, config, site, held)
+        _, features_ND = features_of_subjects(received, config, site, held)
         return content(sums=ArrayRecord({"sums": Array(feature_sums(features_ND, site.moments).numpy())}))
 
     return at_site(task)(message, context)
@@ -188,8 +182,8 @@ def query_moments(message: Message, context: Context) -> Message:
     """Moments of the site's standardised features by scanner and age, as far as the site's policy allows."""
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        data, features_ND, width = features_of_subjects(received, config, site, held)
-        reference = unpack_reference(received.array_records["reference"], width, "server")
+        data, features_ND = features_of_subjects(received, config, site, held)
+        reference = unpack_reference(received.array_records["reference"], features_ND.shape[1], "server")
         moments, withheld = site_moments(
             reference.rows(features_ND),
             data.ages(),
@@ -198,6 +192,25 @@ def query_moments(message: Message, context: Context) -> Message:
             policy=site.moments,
         )
         return content(moments=pack_moments(moments), metrics=MetricRecord({"withheld-scans": withheld}))
+
+    return at_site(task)(message, context)
+
+
+@app.query("means")
+def query_means(message: Message, context: Context) -> Message:
+    """Means of the site's standardised features by scanner and age, for the eraser, as far as the site's policy allows."""
+
+    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
+        data, features_ND = features_of_subjects(received, config, site, held)
+        means = group_means(
+            features_ND,
+            data.ages(),
+            data.scanner_codes(),
+            reference=unpack_reference(received.array_records["reference"], features_ND.shape[1], "server"),
+            bin_years=config.debias.bin_years,
+            policy=site.moments,
+        )
+        return content(means=pack_group_means(means))
 
     return at_site(task)(message, context)
 

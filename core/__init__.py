@@ -6,6 +6,7 @@ data        what a site holds: manifest, bids, volumes, site, views, sampling
 models      encoders, projector, classifier
 losses      objectives on two views, and FairKL
 moments     what sites exchange to compute FairKL across sites
+erasure     site and scanner erased behind the encoder, from group means
 training    the one local loop, and pretraining
 finetuning  encoder and head on labelled scans
 privacy     hardening of what leaves a site

@@ -69,6 +69,7 @@ class DebiasConfig(Closed):
     space: Literal["h", "z"] = "h"
     exchange_every: Annotated[int, Field(ge=0)] = 0
     bin_years: Positive = 5.0
+    erase: bool = False
 
     @model_validator(mode="after")
     def _weighs_something(self) -> "DebiasConfig":

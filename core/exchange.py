@@ -16,6 +16,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
+from core.erasure import GroupMeans
 from core.evaluation.embeddings import Embeddings
 from core.moments import GroupMoments, Reference
 
@@ -125,6 +126,22 @@ def unpack_moments(arrays: ArrayRecord, features: int, where: str) -> GroupMomen
     if moments.mean_GD.shape[1] != features:
         raise ExchangeError(f"{where}: moments must have {features} features, got {moments.mean_GD.shape[1]}.")
     return moments
+
+
+def pack_group_means(means: GroupMeans) -> ArrayRecord:
+    """Group means as float32 arrays by field name."""
+    return ArrayRecord({name: Array(_numpy(value.float())) for name, value in vars(means).items()})
+
+
+def unpack_group_means(arrays: ArrayRecord, features: int, where: str) -> GroupMeans:
+    """The group means that were packed, checked: shapes for ``features``, finite."""
+    try:
+        means = GroupMeans(**{name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()})
+    except (TypeError, ValueError) as error:
+        raise ExchangeError(f"{where}: {error}") from None
+    if means.mean_GD.shape[1] != features:
+        raise ExchangeError(f"{where}: group means must have {features} features, got {means.mean_GD.shape[1]}.")
+    return means
 
 
 def pack_reference(reference: Reference) -> ArrayRecord:

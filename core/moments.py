@@ -35,6 +35,10 @@ class MomentPolicy:
             if getattr(self, field.name) < least:
                 raise ValueError(f"site policy: {field.name} must be at least {least}, got {getattr(self, field.name)!r}.")
 
+    def rounded(self, count: int) -> int:
+        """A count as it may be sent."""
+        return self.round_counts_to * max(1, round(count / self.round_counts_to))
+
 
 @dataclass(frozen=True)
 class GroupMoments:
@@ -187,6 +191,16 @@ def age_groups(age_N: Tensor, *, bin_years: float, min_group: int) -> list[Tenso
     return [torch.cat(group) for group in groups]
 
 
+def groups_of(age_N: Tensor, scanner_N: Tensor, *, bin_years: float, policy: MomentPolicy) -> list[Tensor]:
+    """Indices of the scans of each group: one scanner, neighbouring ages, as many subjects as the policy asks for."""
+    return [
+        members[group]
+        for scanner in torch.unique(scanner_N)
+        for members in [(scanner_N == scanner).nonzero().squeeze(1)]
+        for group in age_groups(age_N[members], bin_years=bin_years, min_group=policy.min_group)
+    ]
+
+
 def site_moments(
     z_ND: Tensor, age_N: Tensor, scanner_N: Tensor, *, bin_years: float, policy: MomentPolicy
 ) -> tuple[GroupMoments, int]:
@@ -200,12 +214,7 @@ def site_moments(
         policy: what the site lets out.
     """
     features = z_ND.shape[1]
-    groups = [
-        members[group]
-        for scanner in torch.unique(scanner_N)
-        for members in [(scanner_N == scanner).nonzero().squeeze(1)]
-        for group in age_groups(age_N[members], bin_years=bin_years, min_group=policy.min_group)
-    ]
+    groups = groups_of(age_N, scanner_N, bin_years=bin_years, policy=policy)
     withheld = len(z_ND) - sum(map(len, groups))
     no_covariance_0DD = z_ND.new_zeros(0, features, features)
     if not groups:
@@ -218,11 +227,10 @@ def site_moments(
         covariance_DD = centred_nD.T @ centred_nD / len(group)
         full = len(group) >= policy.covariance_subjects_per_feature * features
         diagonal = full or len(group) >= policy.diagonal_subjects
-        rounded = policy.round_counts_to * max(1, round(len(group) / policy.round_counts_to))
         parts.append(
             GroupMoments(
                 age_N[group].to(z_ND).mean()[None],
-                z_ND.new_tensor([float(rounded)]),
+                z_ND.new_tensor([float(policy.rounded(len(group)))]),
                 mean_D[None],
                 covariance_DD.diagonal()[None] if diagonal else torch.full_like(mean_D, torch.nan)[None],
                 covariance_DD[None] if full else no_covariance_0DD,

@@ -28,6 +28,7 @@ STAGES = {
     "raw": "Raw voxels + PCA",
     "untrained": "Untrained encoder",
     "pretrained": "Pretrained encoder",
+    "erased": "Pretrained, site erased",
     "linear_probe": "Linear probe",
     "full_finetuning": "Full fine-tuning",
     "from_scratch": "From scratch",

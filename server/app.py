@@ -5,16 +5,18 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from core.checkpoint import Checkpoint, load_strictly, save_checkpoint
 from core.config import ConfigError, RunConfig, describe, load_config
+from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.probes import chance_and_floor, evaluate, evaluate_predictions
@@ -50,8 +52,10 @@ def carry_out(grid: Grid, context: Context) -> None:
     model = build_pretrainer(config.encoder, config.embedding_size, config.seed)
     untrained = {name: value.clone() for name, value in model.state_dict().items()}
     save_checkpoint(folder / "checkpoints", Checkpoint(untrained, "untrained", 0, describe(config)), keep=1)
-    features = model.encoder.num_features if config.debias.space == "h" else config.embedding_size
-    pretrained = rounds(grid, SiteRounds(config, "pretrain", pretraining, untrained, folder, features), untrained)
+    widths = {"h": model.encoder.num_features, "z": config.embedding_size}
+    strategy = SiteRounds(config, "pretrain", pretraining, untrained, folder, widths)
+    pretrained = rounds(grid, strategy, untrained)
+    eraser = erase(grid, strategy, pretrained, folder, config) if config.debias.erase else None
 
     maps: dict[str, Embeddings] = {}
     results = Results()
@@ -61,6 +65,11 @@ def carry_out(grid: Grid, context: Context) -> None:
         if embeddings is not None:
             maps[stage] = embeddings
             probe(embeddings, stage, set(pretraining.values()), config, results)
+            if stage == "pretrained" and eraser is not None:
+                maps["erased"] = replace(embeddings, h_NF=eraser(torch.from_numpy(embeddings.h_NF)).numpy())
+                probe(maps["erased"], "erased", set(pretraining.values()), config, results)
+    if config.debias.erase and eraser is None:
+        results.add(([], ["Nothing was erased: no scanner has two age groups large enough to be told (or all is withheld)."]))
 
     for stage in config.finetune.stages if targets else ():
         classifier = build_classifier(config.encoder, 2, config.seed)
@@ -195,6 +204,18 @@ def rounds(grid: Grid, strategy: SiteRounds, initial: State) -> State:
         timeout=strategy.config.strategy.round_timeout_s,
     )
     return unpack(result.arrays, strategy.layout)
+
+
+def erase(grid: Grid, strategy: SiteRounds, pretrained: State, folder: Path, config: RunConfig) -> Eraser | None:
+    """Learn the eraser behind the trained encoder and keep it as a checkpoint."""
+    eraser = strategy.learn_eraser(grid, pack(pretrained)[0])
+    if eraser is None:
+        log.warning("nothing is erased: no scanner has two age groups large enough to be told, or all is withheld")
+        return None
+    log.info("erased %d directions of site and scanner behind the encoder", len(eraser.directions_KD))
+    about = Checkpoint(dict(vars(eraser)), "eraser", config.num_rounds, describe(config))
+    save_checkpoint(folder / "checkpoints", about, keep=1)
+    return eraser
 
 
 def collect_embeddings(

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from types import MappingProxyType
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, save_checkpoint
 from core.config import RunConfig, describe
+from core.erasure import Eraser, fit_eraser
 from core.exchange import (
     ExchangeError,
     check_like,
@@ -27,6 +29,7 @@ from core.exchange import (
     pack_moments,
     pack_reference,
     unpack,
+    unpack_group_means,
     unpack_moments,
     unpack_state,
 )
@@ -34,6 +37,7 @@ from core.moments import GroupMoments, Reference, concatenate, reference_from
 
 log = logging.getLogger("isocenter")
 
+Answer = TypeVar("Answer")
 STOP_AT_ONCE = {"not_finite", "code"}
 
 
@@ -101,7 +105,7 @@ class SiteRounds(FedAvg):
         nodes: site name by Flower's node number.
         template: a state with the names, shapes and dtypes that every reply must have.
         folder: where checkpoints and ``rounds.jsonl`` go.
-        features: width of the exchanged moments.
+        widths: number of features of the spaces ``h`` and ``z``, for what is exchanged about them.
     """
 
     def __init__(
@@ -111,7 +115,7 @@ class SiteRounds(FedAvg):
         nodes: Mapping[int, str],
         template: Mapping[str, Tensor],
         folder: Path,
-        features: int = 0,
+        widths: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         super().__init__(min_train_nodes=1, min_available_nodes=1)
         self.config = config
@@ -119,7 +123,7 @@ class SiteRounds(FedAvg):
         self.nodes = dict(sorted(nodes.items(), key=lambda item: item[1]))
         self.template = template
         self.folder = folder
-        self.features = features
+        self.widths = widths
         self.num_rounds = config.num_rounds if stage == "pretrain" else config.finetune.num_rounds
         self.quorum = min(config.strategy.min_sites or len(nodes), len(nodes))
         self.layout = pack(template)[1]
@@ -128,9 +132,11 @@ class SiteRounds(FedAvg):
         self.exchanged: dict[str, object] = {}
         self.round_started = self.started = time.monotonic()
 
-    def task(self, round_number: int, arrays: ArrayRecord, **more: ArrayRecord) -> RecordDict:
+    def task(self, round_number: int, arrays: ArrayRecord, space: str = "", **more: ArrayRecord) -> RecordDict:
         """What a site is sent for a round."""
         about = ConfigRecord({"round": round_number, "stage": self.stage, "layout": self.layout, "fingerprint": fingerprint()})
+        if space:
+            about["space"] = space
         return content(arrays=arrays, config=about, **more)
 
     def check_quorum(self, round_number: int, answers: int, failures: Mapping[str, tuple[str, str]]) -> None:
@@ -145,36 +151,67 @@ class SiteRounds(FedAvg):
         for site, (_, text) in failures.items():
             log.warning("round %d goes on without %s: %s", round_number, site, text)
 
-    def exchange_moments(self, round_number: int, arrays: ArrayRecord, grid: Grid) -> None:
-        """Ask every site for its sums, and under the reference made of these for its moments, with the round's weights."""
-        timeout_s = self.config.strategy.round_timeout_s
-        task = self.task(round_number, arrays)
-        answers, failures = ask(grid, self.nodes, "query.sums", lambda _: task, timeout_s)
-        self.moments = {}
-        self.reference = None
-        sums = {site: check_sums(answer, self.features, failures, site) for site, answer in answers.items()}
-        self.check_quorum(round_number, len(sums) - len(failures.keys() & sums.keys()), failures)
-        self.reference = reference_from([value for site, value in sums.items() if site not in failures])
-        if self.reference is None:
-            log.warning("round %d: every site withholds its sums, no moments are exchanged", round_number)
-            self.exchanged = {"groups": {}, "withheld_scans": {}}
-            return
-        task = self.task(round_number, arrays, reference=pack_reference(self.reference))
-        answers, failures = ask(grid, self.nodes, "query.moments", lambda _: task, timeout_s)
+    def gather(
+        self, grid: Grid, round_number: int, query: str, task: RecordDict, read: Callable[[RecordDict, str], Answer]
+    ) -> dict[str, Answer]:
+        """Ask every site the same and read the answers, by site; an answer that cannot be read counts as none."""
+        answers, failures = ask(grid, self.nodes, query, lambda _: task, self.config.strategy.round_timeout_s)
+        values: dict[str, Answer] = {}
         for site, answer in answers.items():
             try:
-                self.moments[site] = unpack_moments(answer.array_records["moments"], self.features, f"site {site}")
+                values[site] = read(answer, f"site {site}")
             except (ExchangeError, KeyError) as error:
                 failures[site] = ("exchange", str(error))
-        self.check_quorum(round_number, len(self.moments), failures)
-        withheld = {site: answers[site].metric_records["metrics"]["withheld-scans"] for site in self.moments}
-        groups = {site: len(moments) for site, moments in self.moments.items()}
-        self.exchanged = {"groups": groups, "withheld_scans": withheld}
+        self.check_quorum(round_number, len(values), failures)
+        return values
+
+    def agree_on_reference(self, grid: Grid, round_number: int, arrays: ArrayRecord, space: str) -> Reference | None:
+        """The reference of a space under the round's weights, from the sums of every site that tells them."""
+        width = self.widths[space]
+        task = self.task(round_number, arrays, space)
+        sums = self.gather(grid, round_number, "query.sums", task, lambda answer, where: read_sums(answer, width, where))
+        return reference_from(list(sums.values()))
+
+    def exchange_moments(self, grid: Grid, round_number: int, arrays: ArrayRecord) -> None:
+        """Agree on a reference, then ask every site for its moments under it, all with the round's weights."""
+        space = self.config.debias.space
+        self.moments = {}
+        self.reference = self.agree_on_reference(grid, round_number, arrays, space)
+        if self.reference is None:
+            log.warning("round %d: every site withholds its sums, no moments are exchanged", round_number)
+            return
+        task = self.task(round_number, arrays, space, reference=pack_reference(self.reference))
+
+        def read(answer: RecordDict, where: str) -> tuple[GroupMoments, int]:
+            moments = unpack_moments(answer.array_records["moments"], self.widths[space], where)
+            return moments, cast(int, answer.metric_records["metrics"]["withheld-scans"])
+
+        told = self.gather(grid, round_number, "query.moments", task, read)
+        self.moments = {site: moments for site, (moments, _) in told.items()}
+        self.exchanged = {
+            site: {"groups": len(moments), "withheld_scans": withheld} for site, (moments, withheld) in told.items()
+        }
         log.info(
-            "round %d: sites exchanged the moments of %s",
+            "round %d: moments exchanged: %s",
             round_number,
-            ", ".join(f"{site} {groups[site]} groups ({withheld[site]} scans withheld)" for site in groups),
+            ", ".join(f"{site} {len(moments)} groups ({withheld} scans withheld)" for site, (moments, withheld) in told.items()),
         )
+
+    def learn_eraser(self, grid: Grid, arrays: ArrayRecord) -> Eraser | None:
+        """The eraser of site and scanner behind the trained encoder, from the group means of every site."""
+        reference = self.agree_on_reference(grid, self.num_rounds, arrays, "h")
+        if reference is None:
+            return None
+        task = self.task(self.num_rounds, arrays, "h", reference=pack_reference(reference))
+        width = self.widths["h"]
+        means = self.gather(
+            grid,
+            self.num_rounds,
+            "query.means",
+            task,
+            lambda answer, where: unpack_group_means(answer.array_records["means"], width, where),
+        )
+        return fit_eraser([part for part in means.values() if len(part.label_G)], reference)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One task a site; with debiasing, the moments of all the other sites' groups beside it."""
@@ -182,7 +219,7 @@ class SiteRounds(FedAvg):
         self.round_started = time.monotonic()
         self.exchanged = {}
         if self.stage == "pretrain" and self.config.debias.exchanges_in_round(server_round):
-            self.exchange_moments(server_round, arrays, grid)
+            self.exchange_moments(grid, server_round, arrays)
         messages = []
         for node, site in self.nodes.items():
             others = [moments for other, moments in self.moments.items() if other != site and len(moments)]
@@ -190,7 +227,7 @@ class SiteRounds(FedAvg):
             if self.reference is not None:
                 more["reference"] = pack_reference(self.reference)
             message_type = "train.pretrain" if self.stage == "pretrain" else "train.finetune"
-            record = self.task(server_round, arrays, **more)
+            record = self.task(server_round, arrays, "", **more)
             messages.append(Message(content=record, message_type=message_type, dst_node_id=node))
         return messages
 
@@ -256,11 +293,11 @@ class SiteRounds(FedAvg):
         return []
 
 
-def check_sums(answer: RecordDict, features: int, failures: dict[str, tuple[str, str]], site: str) -> Tensor:
-    """A site's `feature_sums`; what they cannot be is noted among the failures."""
-    sums = answer.array_records["sums"]["sums"].numpy() if "sums" in answer.array_records else np.zeros(0)
+def read_sums(answer: RecordDict, features: int, where: str) -> Tensor:
+    """A site's `feature_sums`, (3, D), checked."""
+    sums = answer.array_records["sums"]["sums"].numpy()
     if sums.shape != (3, features) or sums.dtype != np.float64 or (sums[0] <= 0).any() or np.isinf(sums).any():
-        failures[site] = ("exchange", f"sums must be 3 rows of {features} float64 without infinities, got {sums.shape}.")
+        raise ExchangeError(f"{where}: sums must be 3 rows of {features} float64 without infinities, got {sums.shape}.")
     return torch.from_numpy(sums.copy())
 
 

@@ -117,12 +117,19 @@ def write_phantom(folder: Path, seed: int, scale: float) -> None:
 
 
 COMPARED = (
-    ("pretrained", "site", "balanced_accuracy"),
-    ("pretrained", "site", "balanced_accuracy_knn"),
-    ("pretrained", "scanner", "balanced_accuracy"),
-    ("pretrained", "age", "mae"),
-    ("pretrained", "age", "mae_unseen"),
-    ("pretrained", "diagnosis", "auc"),
+    *(
+        (stage, *figure)
+        for stage in ("pretrained", "erased")
+        for figure in (
+            ("site", "balanced_accuracy"),
+            ("site", "balanced_accuracy_knn"),
+            ("scanner", "balanced_accuracy"),
+            ("age", "mae"),
+            ("age", "mae_unseen"),
+            ("diagnosis", "auc"),
+        )
+    ),
+    ("age_sex_floor", "site", "balanced_accuracy"),
     ("linear_probe", "diagnosis", "auc"),
     ("full_finetuning", "diagnosis", "auc"),
     ("from_scratch", "diagnosis", "auc"),

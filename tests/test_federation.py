@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Error, Message
+from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load_file
 
 from core.checkpoint import load_checkpoint, load_strictly
@@ -28,7 +28,9 @@ def last(folder: Path) -> Path:
 
 def test_a_run_goes_from_scans_to_a_report(consortium: Path, federate: Federate) -> None:
     folder = federate(
-        consortium, "finetune=both finetune.num_rounds=1 data.pretrain_sites=[a,b] data.target_sites=[c]", name="whole"
+        consortium,
+        "simulation.share_per_scan=true finetune=both finetune.num_rounds=1 data.pretrain_sites=[a,b] data.target_sites=[c]",
+        name="whole",
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {tuple(sorted(row)) for row in metrics} == {
@@ -37,6 +39,7 @@ def test_a_run_goes_from_scans_to_a_report(consortium: Path, federate: Federate)
     assert {(row["stage"], row["task"]) for row in metrics} >= {
         ("untrained", "site"),
         ("pretrained", "site"),
+        ("erased", "site"),
         ("pretrained", "age"),
         ("untrained", "age"),
         ("chance", "site"),
@@ -55,7 +58,7 @@ def test_a_run_goes_from_scans_to_a_report(consortium: Path, federate: Federate)
     assert set(rounds[0]["sites"]) == {"a", "b"}
     assert set(rounds[0]["sites"]["a"]) == {"loss", "objective", "fairkl"}
     assert set(rounds[2]["sites"]) == {"c"}
-    assert rounds[0]["exchange"]["groups"]["a"] >= 1
+    assert rounds[0]["exchange"]["a"]["groups"] >= 1
     assert "<html" in (folder / "report.html").read_text()
     # The linear probe leaves the encoder alone; full fine-tuning does not.
     pretrained = load_checkpoint(last(folder)).state
@@ -103,7 +106,7 @@ def test_one_site_equals_local_training(consortium: Path, federate: Federate) ->
 
 
 def test_sites_with_identical_data_equal_one(consortium: Path, federate: Federate) -> None:
-    """Identity 4: sites that answer alike average to that answer, bit for bit when their weights are powers of two."""
+    """Identity 4: sites that answer alike average to that answer, to the last place of float32."""
 
     def answer_as_the_first(reply: Message, message_type: str) -> Message:
         if message_type == "train.pretrain":
@@ -121,7 +124,7 @@ def test_sites_with_identical_data_equal_one(consortium: Path, federate: Federat
     folder = federate(consortium, name="alike", tamper=answer_as_the_first)
     averaged = load_checkpoint(last(folder)).state
     assert len(seen) == 8
-    assert (pack(averaged)[0]["float32"].numpy() == first[1]["float32"]).all()
+    np.testing.assert_allclose(pack(averaged)[0]["float32"].numpy(), first[1]["float32"], rtol=2e-7, atol=0)
 
 
 def test_no_privacy_equals_zero_noise_with_infinite_clip(consortium: Path, federate: Federate) -> None:
@@ -212,12 +215,13 @@ def test_a_bad_answer_stops_the_run_without_quorum_and_not_with_one(
     assert all(value.isfinite().all() for value in load_file(last(folder)).values())
 
 
-def test_every_site_failing_is_no_finished_run(consortium: Path, federate: Federate) -> None:
-    def fail(reply: Message, message_type: str) -> Message:
-        return Message(Error(code=0, reason="boom"), reply_to=reply) if message_type == "train.pretrain" else reply
+def test_every_site_failing_is_no_finished_run(consortium: Path, federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object, **__: object) -> None:
+        raise MemoryError
 
-    with pytest.raises(RunError, match=r"(?s)0 did.*a: boom.*b: boom.*c: boom"):
-        federate(consortium, "strategy.min_sites=1", name="failing", tamper=fail)
+    monkeypatch.setattr("client.app.pretrain", explode)
+    with pytest.raises(RunError, match=r"(?s)0 did.*a: incident .*b: incident .*c: incident "):
+        federate(consortium, "strategy.min_sites=1", name="failing")
 
 
 def test_nan_loss_stops_with_round_and_site_and_keeps_the_checkpoint(
@@ -235,8 +239,8 @@ def test_nan_loss_stops_with_round_and_site_and_keeps_the_checkpoint(
     monkeypatch.setattr(YAware, "__call__", sometimes_nan)
     # Two local steps at three sites a round: the ninth loss is the first step of round 2 at the second site.
     with pytest.raises(RunError, match=r"(?s)pretrain, round 2: .*b: site b, round 2, local step 1: the loss must be finite"):
-        federate(consortium, "strategy.min_sites=1", name="nan")
-    assert load_checkpoint(last(consortium.parent / "runs" / "nan")).round_number == 1
+        federate(consortium, "strategy.min_sites=1", name="notfinite")
+    assert load_checkpoint(last(consortium.parent / "runs" / "notfinite")).round_number == 1
 
 
 def test_nothing_a_site_says_names_a_subject_or_a_path(consortium: Path, federate: Federate) -> None:
@@ -290,7 +294,7 @@ def test_a_site_too_small_to_contrast_is_refused(consortium: Path, federate: Fed
 
 
 def test_sites_that_keep_their_scans_at_home_are_noted(consortium: Path, federate: Federate) -> None:
-    folder = federate(consortium, "simulation.share_per_scan=false", name="home")
+    folder = federate(consortium, name="home")
     assert json.loads((folder / "metrics.json").read_text()) == []
     assert "keeps the results of single scans at home" in (folder / "report.html").read_text()
 

@@ -38,9 +38,7 @@ def list_sites(root: Path) -> tuple[str, ...]:
         ValueError: The folder is missing, holds no participants.tsv, or a row of its column ``site`` is empty.
     """
     if not root.is_dir():
-        raise ValueError(
-            f"data.root: it must be an existing folder, got {str(root)!r}. Name the folder with data.root=<folder>."
-        )
+        raise ValueError(f"data.root: it must be an existing folder, got {str(root)!r}. Name the folder with data.root=<folder>.")
     if (root / TABLE).is_file():
         columns, rows = _read_table(root / TABLE)
         return tuple(sorted({_site(root, row) for row in rows})) if "site" in columns else (root.resolve().name,)
@@ -100,9 +98,7 @@ def read_site(root: Path, site: str, *, suffix: str = "T1w") -> Manifest:
     for path in _find_images(folder, suffix):
         subject, session = _entities(path)
         if not _agrees_with_folders(path.relative_to(folder), subject, session):
-            problems.append(
-                Problem("wrong_name", str(path), "the file names another subject or session than its folder")
-            )
+            problems.append(Problem("wrong_name", str(path), "the file names another subject or session than its folder"))
         elif subject in row_of:
             scan, flaws = _scan(site, subject, session, path, row_of[subject])
             scans.append(scan)
@@ -124,9 +120,7 @@ def _read_table(path: Path) -> tuple[tuple[str, ...], list[dict[str, str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = [line for line in csv.reader(file, delimiter="\t", strict=True) if any(map(str.strip, line))]
     except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: the table must be tab-separated UTF-8 text, got {error}. Save it as such."
-        ) from error
+        raise ValueError(f"{path}: the table must be tab-separated UTF-8 text, got {error}. Save it as such.") from error
     columns = tuple(name.strip().lower() for name in lines[0]) if lines else ()
     if "participant_id" not in columns or len(set(columns)) != len(columns):
         raise ValueError(

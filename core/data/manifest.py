@@ -77,9 +77,7 @@ class Manifest:
             for column in ("sex", "diagnosis"):
                 values = (getattr(known, column), getattr(scan, column))
                 if values[0] != values[1]:
-                    raise ValueError(
-                        f"{scan.subject}: {column} must be the same in all scans, got {values}; mend the table."
-                    )
+                    raise ValueError(f"{scan.subject}: {column} must be the same in all scans, got {values}; mend the table.")
 
     @property
     def num_subjects(self) -> int:
@@ -154,8 +152,7 @@ def split_by_subject(
         names = [name for name, size in zip(SPLITS, sizes, strict=True) for _ in range(size)]
         split_of.update(zip(ranked, names, strict=True))
     return {
-        name: Manifest(manifest.site, tuple(scan for scan in manifest.scans if split_of[scan.subject] == name))
-        for name in SPLITS
+        name: Manifest(manifest.site, tuple(scan for scan in manifest.scans if split_of[scan.subject] == name)) for name in SPLITS
     }
 
 

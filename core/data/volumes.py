@@ -229,9 +229,7 @@ def _diagonal_affine(spacing_mm: NDArray[np.float64], origin_mm: NDArray[np.floa
 def _normalise(path: Path, volume: NDArray[np.float32]) -> NDArray[np.float32]:
     p2, p98 = np.percentile(volume, (2.0, 98.0))
     if p2 == p98:
-        raise VolumeError(
-            f"{path}: more than 2 % of the voxels inside the grid must be foreground, got {p2:g} in most."
-        )
+        raise VolumeError(f"{path}: more than 2 % of the voxels inside the grid must be foreground, got {p2:g} in most.")
     high = np.percentile(volume[volume > p2 + 0.1 * (p98 - p2)], 99.5)
     scaled: NDArray[np.float32] = np.clip((volume - np.float32(p2)) / np.float32(high - p2), 0.0, 1.0)
     return scaled
@@ -268,9 +266,7 @@ class VolumeCache:
         """
         wanted = np.asarray(indices)
         if wanted.ndim != 1 or (wanted.size and (wanted.min() < 0 or wanted.max() >= len(self))):
-            raise ValueError(
-                f"VolumeCache.read: indices must be a list of numbers from 0 to {len(self) - 1}, got {indices!r}."
-            )
+            raise ValueError(f"VolumeCache.read: indices must be a list of numbers from 0 to {len(self) - 1}, got {indices!r}.")
         volumes = np.empty((len(wanted), *self.shape), np.float16)
         for row, index in enumerate(wanted.tolist()):
             path = self.paths[index]
@@ -348,9 +344,7 @@ def _digest(path: Path) -> str | VolumeError:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        return VolumeError(
-            f"{path}: the image must be a readable file, got {error.strerror}. Fetch it or mend its rights."
-        )
+        return VolumeError(f"{path}: the image must be a readable file, got {error.strerror}. Fetch it or mend its rights.")
 
 
 def _build_entry(folder: Path, settings: VolumeSettings, digest: str, image: Path) -> VolumeError | None:
@@ -380,7 +374,5 @@ def _build_entry(folder: Path, settings: VolumeSettings, digest: str, image: Pat
 def _open_entry(path: Path, shape: tuple[int, int, int]) -> NDArray[np.float16]:
     entry = np.lib.format.open_memmap(path, mode="r")
     if entry.shape != shape or entry.dtype != np.float16:
-        raise ValueError(
-            f"{path}: a cache entry must hold float16 of shape {shape}, got {entry.dtype} of {entry.shape}."
-        )
+        raise ValueError(f"{path}: a cache entry must hold float16 of shape {shape}, got {entry.dtype} of {entry.shape}.")
     return entry

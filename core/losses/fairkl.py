@@ -34,7 +34,7 @@ class FairKL:
 
     bandwidth_years: float = 5.0
     min_weight: float = 1.0
-    variance_floor: float = 1e-4
+    variance_floor: float = 1e-3
     couples_scans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
