@@ -123,8 +123,10 @@ def write_report(folder: Path, record: RunRecord) -> Path:
 
 
 def verdict(evaluations: Sequence[Evaluation]) -> str:
-    """One sentence on site predictability after pretraining, made from the numbers alone."""
-    now = _find(evaluations, "pretrained", "site", "balanced_accuracy")
+    """One sentence on site predictability of what the run delivers, made from the numbers alone."""
+    plain = _find(evaluations, "pretrained", "site", "balanced_accuracy")
+    erased = _find(evaluations, "erased", "site", "balanced_accuracy")
+    now = erased or plain
     if now is None:
         return "Site predictability of the pretrained encoder was not evaluated in this run."
     chance, floor, before = (
@@ -132,7 +134,12 @@ def verdict(evaluations: Sequence[Evaluation]) -> str:
     )
     beside = [
         f"{words} {_figure(e.value, e)}"
-        for words, e in (("chance", chance), ("floor from age and sex", floor), ("before pretraining", before))
+        for words, e in (
+            ("chance", chance),
+            ("floor from age and sex", floor),
+            ("before pretraining", before),
+            ("before erasure", plain if erased else None),
+        )
         if e is not None
     ]
     place = ""
@@ -140,9 +147,8 @@ def verdict(evaluations: Sequence[Evaluation]) -> str:
         below, above = floor.value < now.low, floor.value > now.high
         place = ", above the floor" if below else ", below the floor" if above else ", not told apart from the floor"
     return (
-        f"Site can be read from the pretrained representation with balanced accuracy {_with_interval(now)}{place}"
-        + (f" ({', '.join(beside)})" if beside else "")
-        + "."
+        f"Site can be read from the {'erased' if erased else 'pretrained'} representation with balanced accuracy "
+        f"{_with_interval(now)}{place}" + (f" ({', '.join(beside)})" if beside else "") + "."
     )
 
 
@@ -190,13 +196,13 @@ def _cards(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     cards = []
     for title, stages, task, metric, others in (
         (
-            "Site predictability, pretrained",
-            ("pretrained",),
+            "Site predictability, {stage}",
+            ("erased", "pretrained"),
             "site",
             "balanced_accuracy",
             (("untrained", "before"), ("age_sex_floor", "floor"), ("chance", "chance")),
         ),
-        ("Age error in years, pretrained", ("pretrained",), "age", "mae", (("untrained", "before"),)),
+        ("Age error in years, {stage}", ("erased", "pretrained"), "age", "mae", (("untrained", "before"),)),
         (
             "Diagnosis AUC, {stage}",
             ("full_finetuning", "linear_probe", "pretrained"),

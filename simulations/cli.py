@@ -116,24 +116,37 @@ def write_phantom(folder: Path, seed: int, scale: float) -> None:
     typer.echo(f"{'wrote' if written else 'found'} the phantom consortium in {folder}")
 
 
+REPRESENTED = (
+    ("site", "balanced_accuracy"),
+    ("site", "balanced_accuracy_knn"),
+    ("scanner", "balanced_accuracy"),
+    ("age", "mae"),
+    ("age", "mae_unseen"),
+    ("sex", "auc"),
+    ("diagnosis", "auc"),
+)
 COMPARED = (
-    *(
-        (stage, *figure)
-        for stage in ("pretrained", "erased")
-        for figure in (
-            ("site", "balanced_accuracy"),
-            ("site", "balanced_accuracy_knn"),
-            ("scanner", "balanced_accuracy"),
-            ("age", "mae"),
-            ("age", "mae_unseen"),
-            ("diagnosis", "auc"),
-        )
-    ),
+    *((stage, *figure) for stage in ("pretrained", "final") for figure in REPRESENTED),
     ("age_sex_floor", "site", "balanced_accuracy"),
     ("linear_probe", "diagnosis", "auc"),
     ("full_finetuning", "diagnosis", "auc"),
     ("from_scratch", "diagnosis", "auc"),
 )
+
+
+def read_figures(path: Path) -> dict[tuple[str, str, str], float]:
+    """A run's figures over all sites; `final` is the representation it delivers: erased where it erases, else pretrained."""
+    rows = [row for row in json.loads(path.read_text()) if row["site"] == "all"]
+    figures = {(row["stage"], row["task"], row["metric"]): row["value"] for row in rows}
+    delivered = "erased" if any(row["stage"] == "erased" for row in rows) else "pretrained"
+    final = {("final", task, metric): v for (stage, task, metric), v in figures.items() if stage == delivered}
+    return figures | final
+
+
+def mean_of(runs: list[dict[tuple[str, str, str], float]], key: tuple[str, str, str]) -> float | None:
+    """Mean of a figure over the runs that have it."""
+    values = [run[key] for run in runs if key in run]
+    return sum(values) / len(values) if values else None
 
 
 def compare(
@@ -167,10 +180,7 @@ def compare(
                 if folder != output / name:
                     fail(f"compare: {output / name} must be free or hold the same run, got another; remove it.")
                 stamp.write_text(json.dumps(chosen))
-            rows = json.loads((output / name / "metrics.json").read_text())
-            figures.setdefault(variant, []).append(
-                {(row["stage"], row["task"], row["metric"]): row["value"] for row in rows if row["site"] == "all"}
-            )
+            figures.setdefault(variant, []).append(read_figures(output / name / "metrics.json"))
     table = Table(title=f"{config.name}: mean (lowest, highest) over {seeds} seeds, held-out subjects")
     for heading in ("stage", "task", "metric", *variants):
         table.add_column(heading, no_wrap=True)
@@ -184,6 +194,11 @@ def compare(
         if set(cells) != {"-"}:
             table.add_row(*key, *cells)
     Console(width=max(100, 45 + 26 * len(variants))).print(table)
+    for task, metric in (("site", "balanced_accuracy"), ("age", "mae")):
+        first, last = (mean_of(figures[variant], ("final", task, metric)) for variant in (variants[0], variants[-1]))
+        if first is not None and last is not None:
+            change = f"{last - first:+.3f}, {100 * (last / first - 1):+.1f} %"
+            typer.echo(f"{task} {metric}: {variants[0]} {first:.3f}, {variants[-1]} {last:.3f} ({change})")
     path = output / f"{config.name}-compare.json"
     path.write_text(json.dumps(summary, indent=1))
     typer.echo(f"figures: {path}")
