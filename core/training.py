@@ -55,7 +55,7 @@ def take_steps(losses: Iterator[dict[str, Tensor]], optimiser: torch.optim.Optim
         if not total.isfinite():
             raise NotFiniteError(
                 f"{where}, local step {steps + 1}: the loss must be finite, got "
-                f"{ {name: float(value) for name, value in terms.items()} }. Lower learning_rate or debias.weight."
+                f"{ {name: float(value.detach()) for name, value in terms.items()} }. Lower learning_rate or debias.weight."
             )
         optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(total)

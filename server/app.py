@@ -160,7 +160,14 @@ def wait_for_sites(grid: Grid, config: RunConfig) -> list[Node]:
         raise RunError(f"sites: every node must have a name of its own, got {sorted(names)}. Mend --node-config.")
     if missing := wanted - set(names):
         raise RunError(f"sites: {sorted(missing)} must be connected, got {sorted(names)}. Start them or mend data.*_sites.")
-    return sorted(nodes, key=lambda node: node.site)
+    nodes = sorted(nodes, key=lambda node: node.site)
+    for node in nodes:
+        problems = ", ".join(cast(list[str], node.about["problems"])) or "none"
+        log.info(
+            "%s: %s scans of %s subjects on %s scanners, computes on %s, problems: %s",
+            *(node.site, *(node.about[key] for key in ("scans", "subjects", "scanners", "device")), problems),
+        )
+    return nodes
 
 
 def choose_sites(nodes: list[Node], config: RunConfig) -> tuple[dict[int, str], dict[int, str]]:

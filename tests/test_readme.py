@@ -59,7 +59,7 @@ def test_the_tour_and_plain_flower(tmp_path: Path) -> None:
     printed = execute(block("tour"), tmp_path)
     assert "finished in" in printed
     assert (tmp_path / "runs" / "tiny" / "report.html").is_file()
-    assert "debias=fairkl" in printed
+    assert (tmp_path / "runs" / "tiny-2" / "report.html").is_file()
     execute(block("flower"), tmp_path)
     assert (tmp_path / "runs" / "plain" / "report.html").is_file()
 
@@ -89,8 +89,9 @@ def test_long_comparisons_run_when_shortened(tmp_path: Path, write_site: Callabl
     wrapper.chmod(0o755)
     script = block("wrapped").replace("--seeds 3", "--seeds 1")
     printed = execute(script, tmp_path, MCIC=str(tmp_path / "mcic"))
-    assert printed.count("finished in") == 5
-    assert (tmp_path / "runs" / "mcic-compare.json").is_file()
+    assert printed.count("finished in") == 3
+    assert (tmp_path / "runs" / "phantom-compare.json").is_file()
+    assert "site balanced_accuracy: debias=none" in printed
 
 
 @pytest.mark.slow

@@ -1,0 +1,70 @@
+"""The console script: help that teaches, mistakes in one line, exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from core.cli import app
+from simulations.cli import free_name, mean_of, read_figures, register
+
+register(app)
+RUNNER = CliRunner()
+
+
+def test_help_names_every_command_and_option() -> None:
+    text = RUNNER.invoke(app, ["--help"]).output
+    assert all(command in text for command in ("run", "compare", "phantom", "config"))
+    assert "deadline" in RUNNER.invoke(app, ["run", "--help"]).output
+
+
+def test_config_prints_what_a_run_would_have() -> None:
+    done = RUNNER.invoke(app, ["config", "objective=ntxent", "num_rounds=7"])
+    assert done.exit_code == 0
+    printed = json.loads(done.output)
+    assert (printed["objective"]["name"], printed["num_rounds"]) == ("ntxent", 7)
+
+
+@pytest.mark.parametrize("command", ["config", "run", "compare"])
+def test_a_mistaken_override_is_one_line_and_exit_code_2(command: str) -> None:
+    done = RUNNER.invoke(app, [command, "num_round=7"])
+    assert done.exit_code == 2
+    assert done.output.strip().startswith("config: an override must name a known key, got 'num_round'; nearest: num_rounds")
+
+
+def test_a_missing_folder_is_one_line_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = RUNNER.invoke(app, ["run", "experiment=mcic", f"data.root={tmp_path}/absent"])
+    assert done.exit_code == 1
+    assert done.output.strip().startswith("data.root: it must be an existing folder")
+    assert len(done.output.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_phantom_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    done = RUNNER.invoke(app, ["phantom", str(tmp_path), "--scale", "0.05"])
+    assert done.exit_code == 1
+    assert (tmp_path / "letter.txt").read_text() == "dear"
+
+
+def test_a_taken_name_gets_a_number(tmp_path: Path) -> None:
+    assert free_name(tmp_path / "none", "run") == "run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run-2").mkdir()
+    assert free_name(tmp_path, "run") == "run-3"
+
+
+def test_the_final_representation_is_the_erased_one_where_there_is_one(tmp_path: Path) -> None:
+    def row(stage: str, value: float, site: str = "all") -> dict[str, object]:
+        return {"stage": stage, "task": "site", "metric": "balanced_accuracy", "value": value, "site": site}
+
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps([row("pretrained", 0.8), row("erased", 0.4), row("erased", 0.1, "north")]))
+    key = ("final", "site", "balanced_accuracy")
+    assert read_figures(path)[key] == 0.4
+    path.write_text(json.dumps([row("pretrained", 0.8)]))
+    assert read_figures(path)[key] == 0.8
+    assert mean_of([{key: 0.2}, {key: 0.4}, {}], key) == pytest.approx(0.3)
+    assert mean_of([{}], key) is None
