@@ -162,8 +162,8 @@ def test_empty_groups_contribute_exactly_nothing(case: str) -> None:
 
 
 def test_withheld_variance_compares_means_at_equal_variance() -> None:
-    # Anchor e0; aligned rows at similarity .6 and .8 (mean .7, variance .01 + floor); one remote group at mean .2.
-    # Positives only (all of one age): (.7 - .2)^2 / (2 (.01 + .001)) for this anchor.
+    # Anchor e0: aligned rows at similarity .6 and .8 (mean .7, variance .01), the remote group at mean .2: difference .5.
+    # All anchors share one variance, the mean of theirs plus the floor: mean of (difference^2) / (2 v).
     z = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0.8, 0, 0.6]], dtype=torch.float64)
     remote = GroupMoments(
         torch.tensor([30.0]),
@@ -172,16 +172,16 @@ def test_withheld_variance_compares_means_at_equal_variance() -> None:
         torch.full((1, 3), math.nan),
         torch.zeros(0, 3, 3),
     )
-    fairkl = FairKL(min_weight=1.5)  # the other anchors have no group either way below: all three have two aligned rows
     age, one = torch.full((3,), 30.0), torch.zeros(3)
-    per_anchor = []
+    squares, variances = [], []
     for i in range(3):
         s = [float(z[i] @ z[j]) for j in range(3) if j != i]
         mean = sum(s) / 2
-        variance = sum((v - mean) ** 2 for v in s) / 2 + 1e-3
-        per_anchor.append((mean - float(z[i, 0]) * 0.2) ** 2 / (2 * variance))
-    assert per_anchor[0] == pytest.approx(0.25 / 0.022, rel=1e-9)
-    assert float(fairkl(z, age, one, torch.arange(3), remote)) == pytest.approx(sum(per_anchor) / 3, rel=1e-7)
+        variances.append(sum((v - mean) ** 2 for v in s) / 2 + 1e-3)
+        squares.append((mean - float(z[i, 0]) * 0.2) ** 2)
+    assert (squares[0], variances[0]) == pytest.approx((0.25, 0.011), rel=1e-9)
+    expected = sum(squares) / 3 / (2 * sum(variances) / 3)
+    assert float(FairKL(min_weight=1.5)(z, age, one, torch.arange(3), remote)) == pytest.approx(expected, rel=1e-7)
 
 
 def test_policy_decides_what_leaves() -> None:

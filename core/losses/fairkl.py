@@ -22,9 +22,10 @@ class FairKL:
     KL = 1/2 [ (v_a + (mu_a - mu_c)^2) / v_c - log(v_a / v_c) - 1 ] (Barbano et al., ICLR 2023, eq. 10; theirs is per batch).
     Two rows of one scan are no pair. Remote groups, known by their moments alone, join the conflicting side as constants;
     with a full batch and exact age bins that equals FairKL on the pooled embeddings.
-    Where the variance of a remote group is withheld, the divergence is taken at equal variances: (mu_a - mu_c)^2 / (2 v_a).
-    Being free of scale, it cannot be lowered by shrinking all similarities together. An anchor counts only when both sides
-    weigh at least ``min_weight`` scans; without any, the loss is 0.
+    Where the variance of a remote group is withheld, the divergence is taken at one common variance, the mean of the anchors'
+    v_a: (mu_a - mu_c)^2 / (2 v). Free of scale, it cannot be lowered by shrinking all similarities together; common, it is not
+    ruled by the anchors whose few pairs happen to agree. An anchor counts only when both sides weigh at least ``min_weight``
+    scans; without any, the loss is 0.
 
     >>> z, age = torch.eye(4)[:, :3].double(), torch.tensor([30.0, 30, 30, 30])
     >>> scan, one_scanner = torch.arange(4), torch.zeros(4)
@@ -33,7 +34,7 @@ class FairKL:
     """
 
     bandwidth_years: float = 5.0
-    min_weight: float = 1.0
+    min_weight: float = 4.0
     variance_floor: float = 1e-3
     couples_scans: ClassVar[bool] = True
 
@@ -104,6 +105,6 @@ class FairKL:
                 v_c_R = (second_c_R / size_c_R - mu_c_R.square()).clamp_min(0.0) + self.variance_floor
                 divergence_R = 0.5 * ((v_a_R + (mu_a_R - mu_c_R).square()) / v_c_R - (v_a_R / v_c_R).log() - 1)
             else:
-                divergence_R = 0.5 * (mu_a_R - mu_c_R).square() / v_a_R
+                divergence_R = 0.5 * (mu_a_R - mu_c_R).square() / v_a_R.mean()
             total = total + divergence_R.mean()
         return total
