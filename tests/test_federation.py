@@ -149,7 +149,7 @@ def test_debiasing_changes_the_weights_and_none_needs_no_exchange(consortium: Pa
 def test_one_scanner_sites_without_exchange_have_fairkl_exactly_zero(
     consortium: Path, federate: Federate, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = federate(consortium, "debias.exchange_every=0", name="alone")
+    folder = federate(consortium, "debias.exchange_every=0 debias.bandwidth_years=40", name="alone")
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [r["sites"]["a"]["fairkl"] for r in rounds] == [0.0, 0.0]
     assert rounds[0]["sites"]["b"]["fairkl"] > 0  # two scanners: its own conflicting pairs
