@@ -177,9 +177,9 @@ def test_withheld_variance_compares_means_at_equal_variance() -> None:
     for i in range(3):
         s = [float(z[i] @ z[j]) for j in range(3) if j != i]
         mean = sum(s) / 2
-        variances.append(sum((v - mean) ** 2 for v in s) / 2 + 1e-3)
+        variances.append(sum((v - mean) ** 2 for v in s) / 2 + 1e-2)
         squares.append((mean - float(z[i, 0]) * 0.2) ** 2)
-    assert (squares[0], variances[0]) == pytest.approx((0.25, 0.011), rel=1e-9)
+    assert (squares[0], variances[0]) == pytest.approx((0.25, 0.02), rel=1e-9)
     expected = sum(squares) / 3 / (2 * sum(variances) / 3)
     assert float(FairKL(min_weight=1.5)(z, age, one, torch.arange(3), remote)) == pytest.approx(expected, rel=1e-7)
 

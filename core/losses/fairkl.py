@@ -35,7 +35,7 @@ class FairKL:
 
     bandwidth_years: float = 5.0
     min_weight: float = 4.0
-    variance_floor: float = 1e-3
+    variance_floor: float = 1e-2
     couples_scans: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
