@@ -20,10 +20,10 @@ def test_help_names_every_command_and_option() -> None:
 
 
 def test_config_prints_what_a_run_would_have() -> None:
-    done = RUNNER.invoke(app, ["config", "objective=ntxent", "num_rounds=7"])
+    done = RUNNER.invoke(app, ["config", "objective=ntxent", "num_rounds=30"])
     assert done.exit_code == 0
     printed = json.loads(done.output)
-    assert (printed["objective"]["name"], printed["num_rounds"]) == ("ntxent", 7)
+    assert (printed["objective"]["name"], printed["num_rounds"]) == ("ntxent", 30)
 
 
 @pytest.mark.parametrize("command", ["config", "run", "compare"])
