@@ -28,15 +28,14 @@ from core.exchange import (
     fingerprint,
     pack,
     pack_embeddings,
-    pack_group_means,
-    pack_moments,
-    unpack_moments,
+    pack_groups,
+    unpack_groups,
     unpack_reference,
     unpack_state,
 )
 from core.finetuning import Stage, diagnosis_codes, finetune
 from core.models import Classifier, Pretrainer, build_classifier, build_pretrainer
-from core.moments import feature_sums, site_moments
+from core.moments import GroupMoments, feature_sums, site_moments
 from core.privacy import harden
 from core.training import NotFiniteError, TrainResult, embed, pretrain
 
@@ -151,7 +150,7 @@ def train_pretrain(message: Message, context: Context) -> Message:
             config,
             round_number=round_number(received),
             device=site.device,
-            remote=unpack_moments(moments, features, "server") if moments else None,
+            remote=unpack_groups(GroupMoments, moments, features, "server") if moments else None,
             reference=unpack_reference(reference, features, "server") if reference else None,
         )
         return trained(result, received, config)
@@ -191,7 +190,7 @@ def query_moments(message: Message, context: Context) -> Message:
             bin_years=config.debias.bin_years,
             policy=site.moments,
         )
-        return content(moments=pack_moments(moments), metrics=MetricRecord({"withheld-scans": withheld}))
+        return content(moments=pack_groups(moments), metrics=MetricRecord({"withheld-scans": withheld}))
 
     return at_site(task)(message, context)
 
@@ -210,7 +209,7 @@ def query_means(message: Message, context: Context) -> Message:
             bin_years=config.debias.bin_years,
             policy=site.moments,
         )
-        return content(means=pack_group_means(means))
+        return content(means=pack_groups(means))
 
     return at_site(task)(message, context)
 

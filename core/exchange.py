@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from core.evaluation.embeddings import Embeddings
 from core.moments import GroupMoments, Reference
 
 State = dict[str, Tensor]
+Groups = TypeVar("Groups", GroupMoments, GroupMeans)
 
 
 class ExchangeError(ValueError):
@@ -112,36 +114,20 @@ def check_like(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], wher
         raise ExchangeError(f"{where}: weights must match the run's model, got {first[0]} where {first[1]} is expected.")
 
 
-def pack_moments(moments: GroupMoments) -> ArrayRecord:
-    """Moments as float32 arrays by field name."""
-    return ArrayRecord({name: Array(_numpy(value.float())) for name, value in vars(moments).items()})
+def pack_groups(groups: GroupMoments | GroupMeans) -> ArrayRecord:
+    """What a site tells of its groups, as float32 arrays by field name."""
+    return ArrayRecord({name: Array(_numpy(value.float())) for name, value in vars(groups).items()})
 
 
-def unpack_moments(arrays: ArrayRecord, features: int, where: str) -> GroupMoments:
-    """The moments that were packed, checked: shapes for ``features``, finite, inside the unit ball."""
+def unpack_groups(kind: type[Groups], arrays: ArrayRecord, features: int, where: str) -> Groups:
+    """The groups that were packed, checked by their own kind and to have ``features`` features."""
     try:
-        moments = GroupMoments(**{name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()})
+        groups = kind(**{name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()})
     except (TypeError, ValueError) as error:
         raise ExchangeError(f"{where}: {error}") from None
-    if moments.mean_GD.shape[1] != features:
-        raise ExchangeError(f"{where}: moments must have {features} features, got {moments.mean_GD.shape[1]}.")
-    return moments
-
-
-def pack_group_means(means: GroupMeans) -> ArrayRecord:
-    """Group means as float32 arrays by field name."""
-    return ArrayRecord({name: Array(_numpy(value.float())) for name, value in vars(means).items()})
-
-
-def unpack_group_means(arrays: ArrayRecord, features: int, where: str) -> GroupMeans:
-    """The group means that were packed, checked: shapes for ``features``, finite."""
-    try:
-        means = GroupMeans(**{name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()})
-    except (TypeError, ValueError) as error:
-        raise ExchangeError(f"{where}: {error}") from None
-    if means.mean_GD.shape[1] != features:
-        raise ExchangeError(f"{where}: group means must have {features} features, got {means.mean_GD.shape[1]}.")
-    return means
+    if groups.mean_GD.shape[1] != features:
+        raise ExchangeError(f"{where}: groups must have {features} features, got {groups.mean_GD.shape[1]}.")
+    return groups
 
 
 def pack_reference(reference: Reference) -> ArrayRecord:

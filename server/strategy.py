@@ -18,7 +18,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, save_checkpoint
 from core.config import RunConfig, describe
-from core.erasure import Eraser, fit_eraser
+from core.erasure import Eraser, GroupMeans, fit_eraser
 from core.exchange import (
     ExchangeError,
     check_like,
@@ -26,11 +26,10 @@ from core.exchange import (
     error_kind,
     fingerprint,
     pack,
-    pack_moments,
+    pack_groups,
     pack_reference,
     unpack,
-    unpack_group_means,
-    unpack_moments,
+    unpack_groups,
     unpack_state,
 )
 from core.moments import GroupMoments, Reference, concatenate, reference_from
@@ -183,7 +182,7 @@ class SiteRounds(FedAvg):
         task = self.task(round_number, arrays, space, reference=pack_reference(self.reference))
 
         def read(answer: RecordDict, where: str) -> tuple[GroupMoments, int]:
-            moments = unpack_moments(answer.array_records["moments"], self.widths[space], where)
+            moments = unpack_groups(GroupMoments, answer.array_records["moments"], self.widths[space], where)
             return moments, cast(int, answer.metric_records["metrics"]["withheld-scans"])
 
         told = self.gather(grid, round_number, "query.moments", task, read)
@@ -209,7 +208,7 @@ class SiteRounds(FedAvg):
             self.num_rounds,
             "query.means",
             task,
-            lambda answer, where: unpack_group_means(answer.array_records["means"], width, where),
+            lambda answer, where: unpack_groups(GroupMeans, answer.array_records["means"], width, where),
         )
         return fit_eraser([part for part in means.values() if len(part.label_G)], reference)
 
@@ -223,7 +222,7 @@ class SiteRounds(FedAvg):
         messages = []
         for node, site in self.nodes.items():
             others = [moments for other, moments in self.moments.items() if other != site and len(moments)]
-            more = {"moments": pack_moments(concatenate(others))} if others else {}
+            more = {"moments": pack_groups(concatenate(others))} if others else {}
             if self.reference is not None:
                 more["reference"] = pack_reference(self.reference)
             message_type = "train.pretrain" if self.stage == "pretrain" else "train.finetune"

@@ -20,12 +20,12 @@ from core.exchange import (
     fingerprint,
     pack,
     pack_embeddings,
-    pack_moments,
+    pack_groups,
     unpack,
     unpack_embeddings,
-    unpack_moments,
+    unpack_groups,
 )
-from core.moments import MomentPolicy, site_moments
+from core.moments import GroupMoments, MomentPolicy, site_moments
 
 
 def test_densenet_round_trip_is_bit_exact_and_keeps_integer_buffers() -> None:
@@ -91,13 +91,13 @@ def test_states_of_another_model_are_refused() -> None:
 def test_moments_survive_and_the_wrong_width_is_refused() -> None:
     z = torch.nn.functional.normalize(torch.randn(90, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
     moments, _ = site_moments(z, torch.full((90,), 40.0), torch.zeros(90), bin_years=5.0, policy=MomentPolicy())
-    back = unpack_moments(pack_moments(moments), 4, "site a")
+    back = unpack_groups(GroupMoments, pack_groups(moments), 4, "site a")
     assert torch.allclose(back.mean_GD.double(), moments.mean_GD, atol=1e-7)
     assert back.count_G.tolist() == [90.0]
-    with pytest.raises(ExchangeError, match="site a: moments must have 5 features, got 4"):
-        unpack_moments(pack_moments(moments), 5, "site a")
+    with pytest.raises(ExchangeError, match="site a: groups must have 5 features, got 4"):
+        unpack_groups(GroupMoments, pack_groups(moments), 5, "site a")
     with pytest.raises(ExchangeError, match="site a"):
-        unpack_moments(ArrayRecord({"label_G": Array(np.ones(2, np.float32))}), 4, "site a")
+        unpack_groups(GroupMoments, ArrayRecord({"label_G": Array(np.ones(2, np.float32))}), 4, "site a")
 
 
 def test_embeddings_survive_with_any_names() -> None:
