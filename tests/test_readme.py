@@ -17,7 +17,7 @@ from simulations.workplace import workplace
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"<!-- run in: (\w+) -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 # What makes a long comparison short; the command is otherwise run as it stands.
-SHORT = "num_rounds=1 warmup_rounds=0 debias.warmup_rounds=0 local_steps=1 finetune.num_rounds=1 finetune.local_steps=1"
+SHORT = "num_rounds=1 warmup_rounds=0 ++debias.warmup_rounds=0 local_steps=1 finetune.num_rounds=1 finetune.local_steps=1"
 
 
 def block(name: str) -> str:
