@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from safetensors.torch import load_file
 
 from core.checkpoint import load_checkpoint, load_strictly
 from core.config import load_config
 from core.exchange import pack
-from core.models import build_pretrainer
-from core.training import pretrain
+from core.models import build_classifier, build_pretrainer
+from core.training import pretrain, take_steps
 from server.strategy import RunError
 
 Federate = Callable[..., Path]
@@ -127,6 +128,32 @@ def test_sites_with_identical_data_equal_one(consortium: Path, federate: Federat
     config = load_config("experiment=tiny")
     in_order = {name: averaged[name] for name in build_pretrainer(config.encoder, config.embedding_size, 0).state_dict()}
     np.testing.assert_allclose(pack(in_order)[0]["float32"].numpy(), first[1]["float32"], rtol=2e-7, atol=0)
+
+
+def test_one_full_batch_step_of_a_per_scan_loss_equals_the_pooled_step() -> None:
+    """Identity 5: sites of different sizes, plain SGD, cross-entropy; the weighted average is the pooled step."""
+    config = load_config("experiment=tiny")
+    initial = build_classifier(config.encoder, 2, 0).double().state_dict()
+    g = torch.Generator().manual_seed(0)
+    sites = [(torch.rand(n, 1, 12, 12, 12, generator=g).double(), torch.arange(n) % 2) for n in (3, 5, 4)]
+
+    def step(volumes: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        model = build_classifier(config.encoder, 2, 0).double()
+        model.load_state_dict(initial)
+        take_steps(
+            ({"cross_entropy": torch.nn.functional.cross_entropy(model(volumes), labels)} for _ in range(1)),
+            torch.optim.SGD(model.parameters(), lr=0.5),
+            "here",
+        )
+        return dict(model.state_dict())
+
+    replies = [
+        RecordDict({"arrays": pack(step(*site))[0], "metrics": MetricRecord({"num-examples": len(site[1])})}) for site in sites
+    ]
+    averaged = aggregate_arrayrecords(replies, "num-examples")["float64"].numpy()
+    pooled = pack(step(torch.cat([v for v, _ in sites]), torch.cat([y for _, y in sites])))[0]["float64"].numpy()
+    assert abs(pooled - pack(initial)[0]["float64"].numpy()).max() > 1e-3
+    np.testing.assert_allclose(averaged, pooled, rtol=0, atol=1e-12)
 
 
 def test_no_privacy_equals_zero_noise_with_infinite_clip(consortium: Path, federate: Federate) -> None:
