@@ -1,1 +1,1 @@
-"""simulations."""
+"""One machine's tools: cohort (phantom hospitals), launch (`flwr run`, truthfully), loopback and in_process federations, cli."""
