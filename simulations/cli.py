@@ -193,7 +193,7 @@ def compare(
             summary.append({"stage": key[0], "task": key[1], "metric": key[2], "variant": variant, "values": values})
         if set(cells) != {"-"}:
             table.add_row(*key, *cells)
-    Console(width=max(100, 45 + 26 * len(variants))).print(table)
+    Console(width=max(100, 55 + 26 * len(variants))).print(table)
     for task, metric in (("site", "balanced_accuracy"), ("age", "mae")):
         first, last = (mean_of(figures[variant], ("final", task, metric)) for variant in (variants[0], variants[-1]))
         if first is not None and last is not None:
