@@ -91,7 +91,7 @@ def round_number(received: RecordDict) -> int:
 
 def received_model(received: RecordDict, config: RunConfig, site: Site) -> Pretrainer:
     """The run's encoder and projector with the weights received."""
-    model = build_pretrainer(config.encoder, config.embedding_size, config.seed)
+    model = build_pretrainer(config.encoder, config.embedding_size, config.seed, num_classes=config.num_classes)
     load_strictly(model, unpack_state(received))
     return model.to(site.device)
 
@@ -142,16 +142,24 @@ def train_pretrain(message: Message, context: Context) -> Message:
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
         model = received_model(received, config, site)
-        features = model.encoder.num_features if config.debias.space == "h" else config.embedding_size
-        moments, reference = received.array_records.get("moments"), received.array_records.get("reference")
+        widths = {"h": model.encoder.num_features, "z": config.embedding_size}
+        told = received.array_records
         result = pretrain(
             model,
             healthy(held.splits["train"]),
             config,
             round_number=round_number(received),
             device=site.device,
-            remote=unpack_groups(GroupMoments, moments, features, "server") if moments else None,
-            reference=unpack_reference(reference, features, "server") if reference else None,
+            remote={
+                space: unpack_groups(GroupMoments, told[f"moments-{space}"], width, "server")
+                for space, width in widths.items()
+                if f"moments-{space}" in told
+            },
+            references={
+                space: unpack_reference(told[f"reference-{space}"], width, "server")
+                for space, width in widths.items()
+                if f"reference-{space}" in told
+            },
         )
         return trained(result, received, config)
 

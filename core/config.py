@@ -5,6 +5,7 @@ import re
 import shlex
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,12 +14,23 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
+from core.data.sampling import SamplingPolicy
 from core.data.views import ViewPolicy
 from core.data.volumes import VolumeSettings
-from core.losses import OBJECTIVES, Objective
-from core.losses.fairkl import FairKL
+from core.losses import OBJECTIVES, DecoupledConditional, EpsSupInfoNCE, FairKL, Joint, Kernel, Objective, SupCon
+from core.losses.fairkl import Divergence, Statistics
 from core.models import EncoderChoice
 from core.moments import MomentPolicy
 from core.privacy import PrivacyChoice
@@ -65,17 +77,30 @@ class DebiasConfig(Closed):
     name: Literal["fairkl", "none"]
     weight: Annotated[float, Field(ge=0, lt=1e6)] = 0.0
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
-    bandwidth_years: Positive = 5.0
-    space: Literal["h", "z"] = "h"
+    kernel: Kernel = Field(default_factory=Kernel)
+    divergence: Divergence = "kl"
+    statistics: Statistics = "per_anchor"
+    space: Literal["h", "z", "both"] = "h"
     exchange_every: Annotated[int, Field(ge=0)] = 0
     bin_years: Positive = 5.0
     erase: bool = False
 
     @model_validator(mode="after")
-    def _weighs_something(self) -> "DebiasConfig":
+    def _fits_together(self) -> "DebiasConfig":
         if (self.name == "none") != (self.weight == 0):
             raise ValueError("weight must be positive with fairkl and absent with none; use debias=none to switch off")
+        _check_labels("debias.kernel", self.kernel.labels)
+        if self.exchange_every and self.kernel.labels != ("age_years",):
+            raise ValueError(
+                f"kernel.bandwidths must name age_years alone when sites exchange moments, which tell no other label, got "
+                f"{list(self.kernel.labels)}; set exchange_every=0 or the others to null"
+            )
         return self
+
+    @property
+    def spaces(self) -> tuple[str, ...]:
+        """What FairKL acts on: the representation h, the embedding z."""
+        return ("h", "z") if self.space == "both" else (self.space,)
 
     def weight_in_round(self, round_number: int) -> float:
         """The weight of FairKL: 0 in the warm-up, then rising linearly over as many rounds again."""
@@ -88,7 +113,21 @@ class DebiasConfig(Closed):
 
     def fairkl(self) -> FairKL:
         """The loss."""
-        return FairKL(bandwidth_years=self.bandwidth_years)
+        return FairKL(kernel=self.kernel, divergence=self.divergence, statistics=self.statistics)
+
+
+PRETRAINING_LABELS = ("age_years", "sex")
+
+
+def _check_labels(where: str, labels: Sequence[str]) -> None:
+    """Refuse labels that pretraining does not have."""
+    for label in labels:
+        if label == "diagnosis":
+            raise ValueError(
+                f"{where}: label must be one of {list(PRETRAINING_LABELS)}, got 'diagnosis': pretraining sees healthy scans only"
+            )
+        if label not in PRETRAINING_LABELS:
+            raise ValueError(f"{where}: label must be one of {list(PRETRAINING_LABELS)}, got {label!r}")
 
 
 class StrategyConfig(Closed):
@@ -128,16 +167,50 @@ class SimulationConfig(Closed):
 
 
 def _objective(value: Any) -> Any:
+    """The objective that a tree of settings names; one in another (``weak`` of joint) likewise."""
     if not isinstance(value, Mapping):
         return value
     settings = dict(value)
     name = settings.pop("name", None)
     if name not in OBJECTIVES:
         raise ValueError(f"objective must be one of {sorted(OBJECTIVES)}, got {name!r}")
-    unknown = set(settings) - set(OBJECTIVES[name].__dataclass_fields__)
+    known = {field.name for field in fields(OBJECTIVES[name])}  # type: ignore[arg-type]
+    unknown = set(settings) - known
     if unknown:
-        raise ValueError(f"objective {name} has no setting {min(unknown)!r}")
+        near = difflib.get_close_matches(min(unknown), known, n=3, cutoff=0.4) or sorted(known)
+        raise ValueError(f"objective {name} has no setting {min(unknown)!r}; nearest: {', '.join(near)}")
+    if "weak" in settings:
+        settings["weak"] = _objective(settings["weak"])
     return TypeAdapter(OBJECTIVES[name]).validate_python(settings)
+
+
+def _check_objective(objective: Objective) -> None:
+    """Refuse an objective that makes no sense in pretraining, with the reason."""
+    if isinstance(objective, DecoupledConditional) and objective.confidence:
+        raise ValueError(f"objective: confidence must be null, got {objective.confidence!r}: no table of a site tells it")
+    _check_labels("objective", objective.labels)
+    if isinstance(objective, SupCon | EpsSupInfoNCE) and objective.label == "age_years" and objective.bin_width is None:
+        raise ValueError(
+            "objective: bin_width must be given with label age_years, got null: each age would be a class of its own"
+        )
+    if isinstance(objective, DecoupledConditional | Joint) and objective.label == "age_years":
+        raise ValueError("objective: label must be a class, got 'age_years'; use objective=yaware, exp or threshold for age")
+    if isinstance(objective, Joint):
+        if isinstance(objective.weak, Joint):
+            raise ValueError("objective: weak must be an objective without a classifier, got joint in joint")
+        _check_objective(objective.weak)
+
+
+def describe_objective(objective: Objective) -> dict[str, Any]:
+    """The settings of an objective under its name, ready for JSON."""
+    names = {constructor: name for name, constructor in OBJECTIVES.items()}
+    plain: dict[str, Any] = {"name": names[type(objective)]}
+    for field in fields(objective):  # type: ignore[arg-type]
+        value = getattr(objective, field.name)
+        plain[field.name] = (
+            describe_objective(value) if isinstance(value, Objective) else asdict(value) if isinstance(value, Kernel) else value
+        )
+    return plain
 
 
 class RunConfig(Closed):
@@ -155,8 +228,9 @@ class RunConfig(Closed):
     embedding_size: Annotated[int, Field(ge=2, le=4096)]
     data: DataConfig
     encoder: Annotated[EncoderChoice, Field(discriminator="name")]
-    objective: Annotated[Objective, BeforeValidator(_objective)]
+    objective: Annotated[InstanceOf[Objective], BeforeValidator(_objective), PlainSerializer(describe_objective)]
     debias: DebiasConfig
+    sampling: SamplingPolicy
     views: ViewPolicy
     strategy: StrategyConfig
     privacy: Annotated[PrivacyChoice, Field(discriminator="name")]
@@ -165,6 +239,7 @@ class RunConfig(Closed):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
+        _check_objective(self.objective)
         if self.warmup_rounds >= self.num_rounds:
             raise ValueError(f"warmup_rounds must be less than num_rounds, got {self.warmup_rounds} and {self.num_rounds}")
         if self.debias.weight > 0 and self.debias.warmup_rounds >= self.num_rounds:
@@ -174,6 +249,11 @@ class RunConfig(Closed):
         if self.finetune.stages and not self.finetune.num_rounds:
             raise ValueError("finetune.num_rounds must be at least 1 when there are stages, got 0")
         return self
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the classifier that is pretrained beside the encoder: two sexes, with objective=joint; else none."""
+        return 2 if isinstance(self.objective, Joint) else None
 
 
 def _keys(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -196,6 +276,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         return f"config: {group or 'name'} must be one of {names}, got {name!r}; nearest: {', '.join(near)}."
     wanted = [override.lstrip("+~").partition("=")[0] for override in overrides]
     known = _keys(compose_plain(()))
+    match = re.search(r"Could not override '([\w.]+)'", text)
+    if match and match[1] in known:
+        group = match[1].partition(".")[0]
+        chosen = next((override for override in overrides if override.startswith(f"{group}=")), f"the default {group}")
+        return f"config: {match[1]} is no setting of {chosen}, which has nothing of that kind; leave it out or choose another."
     for key in wanted:
         if key not in known and key.partition("@")[0] not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
@@ -258,6 +343,4 @@ def describe(config: RunConfig) -> dict[str, Any]:
     """The configuration without the folders of this machine, ready for JSON: what checkpoints and reports carry."""
     plain = config.model_dump(mode="json")
     del plain["output"], plain["data"]["root"]
-    names = {constructor: name for name, constructor in OBJECTIVES.items()}
-    plain["objective"] = {"name": names[type(config.objective)], **plain["objective"]}
     return plain

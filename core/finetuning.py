@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from core.config import RunConfig
-from core.data.sampling import subject_batches
+from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
 from core.data.views import apply, draw
 from core.models import Classifier
@@ -29,16 +29,17 @@ def finetuning_losses(
     """Cross-entropy of each local step of a round, classes weighted alike; a linear probe sees the scans as they are."""
     purpose = (stage, data.site, round_number)
     batches = subject_batches(
-        [scan.subject for scan in data.scans],
+        data.scans,
         batch_size=config.finetune.batch_size,
         num_batches=config.finetune.local_steps,
+        policy=SamplingPolicy(),
         generator=generator(config.seed, "batches", *purpose),
     )
     view_generator = generator(config.seed, "views", *purpose)
     labels = diagnosis_codes(data)
     weights = (len(labels) / (2 * labels.bincount(minlength=2).clamp_min(1))).to(device)
     for batch in batches:
-        volumes_N1XYZ = data.volumes(batch, device)
+        volumes_N1XYZ = data.volumes(batch.first, device)
         if stage == "linear_probe":
             with torch.no_grad():
                 h_NF = model.encoder(volumes_N1XYZ)
@@ -46,7 +47,7 @@ def finetuning_losses(
         else:
             drawn = draw(config.views, len(batch), config.data.shape, view_generator)
             logits_NC = model(apply(volumes_N1XYZ, drawn))
-        yield {"cross_entropy": torch.nn.functional.cross_entropy(logits_NC, labels[batch].to(device), weights)}
+        yield {"cross_entropy": torch.nn.functional.cross_entropy(logits_NC, labels[batch.first].to(device), weights)}
 
 
 def finetune(

@@ -135,12 +135,13 @@ class Projector(nn.Sequential):
 
 
 class Pretrainer(nn.Module):
-    """Encoder and projector: what travels in pretraining."""
+    """Encoder and projector: what travels in pretraining. With ``num_classes`` a linear classifier of h too, for `Joint`."""
 
-    def __init__(self, encoder: Encoder, embedding_size: int) -> None:
+    def __init__(self, encoder: Encoder, embedding_size: int, num_classes: int | None = None) -> None:
         super().__init__()
         self.encoder = encoder
         self.projector = Projector(encoder.num_features, embedding_size)
+        self.classifier = None if num_classes is None else nn.Linear(encoder.num_features, num_classes)
 
     def forward(self, volumes_N1XYZ: Tensor) -> tuple[Tensor, Tensor]:
         """Representation h (N, F) and embedding z (N, D)."""
@@ -172,9 +173,9 @@ def _seeded(build: Callable[[], Model], model_seed: int) -> Model:
     return model
 
 
-def build_pretrainer(choice: EncoderChoice, embedding_size: int, run_seed: int) -> Pretrainer:
+def build_pretrainer(choice: EncoderChoice, embedding_size: int, run_seed: int, *, num_classes: int | None = None) -> Pretrainer:
     """A freshly initialised encoder and projector, the same on every machine for the same seed."""
-    return _seeded(lambda: Pretrainer(choice.build(), embedding_size), seed(run_seed, "pretrainer"))
+    return _seeded(lambda: Pretrainer(choice.build(), embedding_size, num_classes), seed(run_seed, "pretrainer"))
 
 
 def build_classifier(choice: EncoderChoice, num_classes: int, run_seed: int) -> Classifier:

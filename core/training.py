@@ -4,7 +4,7 @@ Shape legend: N scans in a batch, R = 2 N rows (first views, then second views),
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from core.config import RunConfig
 from core.data.sampling import subject_batches
 from core.data.site import SiteData
 from core.data.views import apply, draw
+from core.losses import EmbeddedViews
 from core.models import Pretrainer
 from core.moments import GroupMoments, Reference
 from core.seeding import generator, seed
@@ -72,36 +73,42 @@ def pretraining_losses(
     config: RunConfig,
     round_number: int,
     device: torch.device,
-    remote: GroupMoments | None,
-    reference: Reference | None,
+    remote: Mapping[str, GroupMoments],
+    references: Mapping[str, Reference],
 ) -> Iterator[dict[str, Tensor]]:
     """Objective and FairKL of each local step of a round."""
     batches = subject_batches(
-        [scan.subject for scan in data.scans],
+        data.scans,
         batch_size=config.batch_size,
         num_batches=config.local_steps,
+        policy=config.sampling,
         generator=generator(config.seed, "batches", data.site, round_number),
     )
     view_generator = generator(config.seed, "views", data.site, round_number)
-    ages, scanners = data.ages().to(device), data.scanner_codes().to(device)
+    labels = {"age_years": data.ages(), "sex": data.sexes(), "scanner": data.scanner_codes()}
     num_subjects = len({scan.subject for scan in data.scans})
     weight = config.debias.weight_in_round(round_number)
     for batch in batches:
-        volumes_N1XYZ = data.volumes(batch, device)
-        drawn = [draw(config.views, len(batch), config.data.shape, view_generator) for _ in range(2)]
-        views = [apply(volumes_N1XYZ, view) for view in drawn]
-        h_RF, z_RD = model(torch.cat(views))
-        z1_ND, z2_ND = z_RD.chunk(2)
-        age_N = ages[batch]
-        terms = {"objective": config.objective(z1_ND, z2_ND, {"age_years": age_N})}
+        chosen = (batch.first, batch.second)
+        first_N1XYZ = data.volumes(batch.first, device)
+        second_N1XYZ = first_N1XYZ if batch.second == batch.first else data.volumes(batch.second, device)
+        drawn = [draw(config.views, len(batch), config.data.shape, view_generator) for _ in chosen]
+        h_RF, z_RD = model(torch.cat([apply(first_N1XYZ, drawn[0]), apply(second_N1XYZ, drawn[1])]))
+        metadata = {name: torch.stack([label[indices] for indices in chosen]).to(device) for name, label in labels.items()}
+        if model.classifier is not None:
+            metadata["logits"] = torch.stack(model.classifier(h_RF).chunk(2))
+        embedded = EmbeddedViews(z_RD.chunk(2), metadata)
+        terms = {"objective": config.objective.of(embedded)}
         if weight > 0:
-            features = h_RF if config.debias.space == "h" else z_RD
-            rows = reference.rows(features) if reference else torch.nn.functional.normalize(features, dim=1)
-            scan_R = torch.arange(len(batch), device=device).repeat(2)
-            divergence = config.debias.fairkl()(
-                rows, age_N.repeat(2), scanners[batch].repeat(2), scan_R, remote, len(batch) / num_subjects
-            )
-            terms["fairkl"] = weight * divergence
+            fairkl = config.debias.fairkl()
+            scale = len(batch) / num_subjects
+            divergences = []
+            for space in config.debias.spaces:
+                views = EmbeddedViews(h_RF.chunk(2), metadata) if space == "h" else embedded
+                if space in references:
+                    views = EmbeddedViews(references[space].rows(views.z_VND.flatten(0, 1)).chunk(2), metadata)
+                divergences.append(fairkl.of(views, remote.get(space), scale))
+            terms["fairkl"] = weight * torch.stack(divergences).sum()
         yield terms
 
 
@@ -112,8 +119,8 @@ def pretrain(
     *,
     round_number: int,
     device: torch.device,
-    remote: GroupMoments | None = None,
-    reference: Reference | None = None,
+    remote: Mapping[str, GroupMoments] | None = None,
+    references: Mapping[str, Reference] | None = None,
 ) -> TrainResult:
     """A round's local steps on one site's scans; the model is trained in place.
 
@@ -126,8 +133,8 @@ def pretrain(
         config: the run's.
         round_number: counts from 1.
         device: where to compute.
-        remote: moments of the other sites' groups, for FairKL across sites.
-        reference: what features are standardised by before FairKL, here and in ``remote``.
+        remote: moments of the other sites' groups, for FairKL across sites, by space ("h" or "z").
+        references: what the features of a space are standardised by before FairKL, here and in ``remote``.
 
     Raises:
         NotFiniteError: a loss was NaN or infinite.
@@ -136,7 +143,7 @@ def pretrain(
     rate = learning_rate(config.learning_rate, round_number, config.num_rounds, config.warmup_rounds)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay)
     model.train()
-    losses = pretraining_losses(model, data, config, round_number, device, remote, reference)
+    losses = pretraining_losses(model, data, config, round_number, device, remote or {}, references or {})
     metrics = take_steps(losses, optimiser, f"site {data.site}, round {round_number}")
     return TrainResult(dict(model.state_dict()), len(data), metrics)
 

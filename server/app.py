@@ -49,7 +49,7 @@ def carry_out(grid: Grid, context: Context) -> None:
     nodes = wait_for_sites(grid, config)
     pretraining, targets = choose_sites(nodes, config)
 
-    model = build_pretrainer(config.encoder, config.embedding_size, config.seed)
+    model = build_pretrainer(config.encoder, config.embedding_size, config.seed, num_classes=config.num_classes)
     untrained = {name: value.clone() for name, value in model.state_dict().items()}
     save_checkpoint(folder / "checkpoints", Checkpoint(untrained, "untrained", 0, describe(config)), keep=1)
     widths = {"h": model.encoder.num_features, "z": config.embedding_size}

@@ -126,8 +126,8 @@ class SiteRounds(FedAvg):
         self.num_rounds = config.num_rounds if stage == "pretrain" else config.finetune.num_rounds
         self.quorum = min(config.strategy.min_sites or len(nodes), len(nodes))
         self.layout = pack(template)[1]
-        self.moments: dict[str, GroupMoments] = {}
-        self.reference: Reference | None = None
+        self.moments: dict[str, dict[str, GroupMoments]] = {}
+        self.references: dict[str, Reference] = {}
         self.exchanged: dict[str, object] = {}
         self.round_started = self.started = time.monotonic()
 
@@ -171,28 +171,28 @@ class SiteRounds(FedAvg):
         sums = self.gather(grid, round_number, "query.sums", task, lambda answer, where: read_sums(answer, width, where))
         return reference_from(list(sums.values()))
 
-    def exchange_moments(self, grid: Grid, round_number: int, arrays: ArrayRecord) -> None:
-        """Agree on a reference, then ask every site for its moments under it, all with the round's weights."""
-        space = self.config.debias.space
-        self.moments = {}
-        self.reference = self.agree_on_reference(grid, round_number, arrays, space)
-        if self.reference is None:
-            log.warning("round %d: every site withholds its sums, no moments are exchanged", round_number)
+    def exchange_moments(self, grid: Grid, round_number: int, arrays: ArrayRecord, space: str) -> None:
+        """Agree on a space's reference, then ask every site for its moments under it, all with the round's weights."""
+        reference = self.agree_on_reference(grid, round_number, arrays, space)
+        if reference is None:
+            log.warning("round %d: every site withholds its sums, no moments of %s are exchanged", round_number, space)
             return
-        task = self.task(round_number, arrays, space, reference=pack_reference(self.reference))
+        self.references[space] = reference
+        task = self.task(round_number, arrays, space, reference=pack_reference(reference))
 
         def read(answer: RecordDict, where: str) -> tuple[GroupMoments, int]:
             moments = unpack_groups(GroupMoments, answer.array_records["moments"], self.widths[space], where)
             return moments, cast(int, answer.metric_records["metrics"]["withheld-scans"])
 
         told = self.gather(grid, round_number, "query.moments", task, read)
-        self.moments = {site: moments for site, (moments, _) in told.items()}
+        self.moments[space] = {site: moments for site, (moments, _) in told.items()}
         self.exchanged = {
             site: {"groups": len(moments), "withheld_scans": withheld} for site, (moments, withheld) in told.items()
         }
         log.info(
-            "round %d: moments exchanged: %s",
+            "round %d: moments of %s exchanged: %s",
             round_number,
+            space,
             ", ".join(f"{site} {len(moments)} groups ({withheld} scans withheld)" for site, (moments, withheld) in told.items()),
         )
 
@@ -218,13 +218,16 @@ class SiteRounds(FedAvg):
         self.round_started = time.monotonic()
         self.exchanged = {}
         if self.stage == "pretrain" and self.config.debias.exchanges_in_round(server_round):
-            self.exchange_moments(grid, server_round, arrays)
+            self.moments, self.references = {}, {}
+            for space in self.config.debias.spaces:
+                self.exchange_moments(grid, server_round, arrays, space)
         messages = []
         for node, site in self.nodes.items():
-            others = [moments for other, moments in self.moments.items() if other != site and len(moments)]
-            more = {"moments": pack_groups(concatenate(others))} if others else {}
-            if self.reference is not None:
-                more["reference"] = pack_reference(self.reference)
+            more = {f"reference-{space}": pack_reference(reference) for space, reference in self.references.items()}
+            for space, told in self.moments.items():
+                others = [moments for other, moments in told.items() if other != site and len(moments)]
+                if others:
+                    more[f"moments-{space}"] = pack_groups(concatenate(others))
             message_type = "train.pretrain" if self.stage == "pretrain" else "train.finetune"
             record = self.task(server_round, arrays, "", **more)
             messages.append(Message(content=record, message_type=message_type, dst_node_id=node))

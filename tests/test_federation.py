@@ -176,7 +176,7 @@ def test_debiasing_changes_the_weights_and_none_needs_no_exchange(consortium: Pa
 def test_one_scanner_sites_without_exchange_have_fairkl_exactly_zero(
     consortium: Path, federate: Federate, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = federate(consortium, "debias.exchange_every=0 debias.bandwidth_years=40", name="alone")
+    folder = federate(consortium, "debias.exchange_every=0 debias.kernel.bandwidths.age_years=40", name="alone")
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [r["sites"]["a"]["fairkl"] for r in rounds] == [0.0, 0.0]
     assert rounds[0]["sites"]["b"]["fairkl"] > 0  # two scanners: its own conflicting pairs
@@ -184,7 +184,15 @@ def test_one_scanner_sites_without_exchange_have_fairkl_exactly_zero(
 
 
 @pytest.mark.parametrize(
-    "options", ["objective=ntxent", "debias.space=z", "views=brain_affine", "encoder.width=2 embedding_size=4"]
+    "options",
+    [
+        "objective=ntxent",
+        "objective=joint",
+        "debias.space=z",
+        "debias.space=both",
+        "views=brain_affine",
+        "encoder.width=2 embedding_size=4",
+    ],
 )
 def test_options_of_pretraining_run(consortium: Path, federate: Federate, options: str) -> None:
     default = load_file(last(federate(consortium, name="default")))
@@ -256,16 +264,16 @@ def test_every_site_failing_is_no_finished_run(consortium: Path, federate: Feder
 def test_nan_loss_stops_with_round_and_site_and_keeps_the_checkpoint(
     consortium: Path, federate: Federate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from core.losses import YAware
+    from core.losses import EmbeddedViews, YAware
 
     calls = []
-    original = YAware.__call__
+    original = YAware.loss
 
-    def sometimes_nan(self: YAware, z1: torch.Tensor, z2: torch.Tensor, metadata: dict[str, torch.Tensor]) -> torch.Tensor:
+    def sometimes_nan(self: YAware, views: EmbeddedViews) -> torch.Tensor:
         calls.append(1)
-        return original(self, z1, z2, metadata) * (float("nan") if len(calls) == 9 else 1.0)
+        return original(self, views) * (float("nan") if len(calls) == 9 else 1.0)
 
-    monkeypatch.setattr(YAware, "__call__", sometimes_nan)
+    monkeypatch.setattr(YAware, "loss", sometimes_nan)
     # Two local steps at three sites a round: the ninth loss is the first step of round 2 at the second site.
     with pytest.raises(RunError, match=r"(?s)pretrain, round 2: .*b: site b, round 2, local step 1: the loss must be finite"):
         federate(consortium, "strategy.min_sites=1", name="notfinite")

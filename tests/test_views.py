@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from core.data.sampling import subject_batches
 from core.data.views import ViewPolicy, apply, draw
 
 OFF = {"flip_probability": 0.0, "rotation_degrees": 0.0, "translation_voxels": 0.0, "scale_range": 0.0,
@@ -95,20 +94,3 @@ def test_equal_views_and_bad_knobs_are_refused() -> None:
         ViewPolicy(**OFF)
     with pytest.raises(ValueError, match=r"cutout_fraction must be between 0 and 0\.9, got 2"):
         ViewPolicy(cutout_fraction=2)
-
-
-def test_batches_hold_one_scan_a_subject_and_use_every_subject_before_any_again() -> None:
-    subjects = [f"s{i // 2}" for i in range(20)]  # ten subjects, two scans each
-    batches = list(subject_batches(subjects, batch_size=4, num_batches=5, generator=torch.Generator().manual_seed(0)))
-    assert [len(batch) for batch in batches] == [4] * 5
-    for batch in batches:
-        assert len({subjects[i] for i in batch}) == 4
-    seen = [subjects[i] for batch in batches for i in batch]
-    assert len(set(seen[:10])) == 10
-    assert len(set(seen[10:20])) == 10
-    assert {i % 2 for batch in batches for i in batch} == {0, 1}
-
-
-def test_a_small_site_uses_all_its_subjects() -> None:
-    batches = list(subject_batches(["a", "b", "b"], batch_size=8, num_batches=2, generator=torch.Generator().manual_seed(0)))
-    assert [len(batch) for batch in batches] == [2, 2]

@@ -49,6 +49,10 @@ class SiteData:
         """(N,) years, float64, NaN where unknown."""
         return torch.tensor([math.nan if s.age_years is None else s.age_years for s in self.scans], dtype=torch.float64)
 
+    def sexes(self) -> Tensor:
+        """(N,) 0 for F, 1 for M, NaN where unknown."""
+        return torch.tensor([{"F": 0.0, "M": 1.0, None: math.nan}[scan.sex] for scan in self.scans])
+
     def scanner_codes(self) -> Tensor:
         """(N,) integer code of each scan's scanner, in the order of their names."""
         names = sorted({scan.scanner for scan in self.scans})

@@ -70,9 +70,7 @@ class InfoNCE(Objective):
         if views.num_views == 1:
             return views.zero()
         negatives_RR = views.fill_own_(torch.ones_like(views.similarity, requires_grad=False), 0.0)
-        log_negatives_VN = log_sum_exp(views, 1.0 / self.temperature, negatives_RR).unflatten(
-            0, (views.num_views, views.num_scans)
-        )
+        log_negatives_VN = views.by_view(log_sum_exp(views, 1.0 / self.temperature, negatives_RR))
         rows_VND = views.by_view(views.rows)
         per_positive = [
             _margin_loss(log_negatives_VN[v], (rows_VND[v] * rows_VND[u]).sum(dim=1) / self.temperature, self.margin)

@@ -4,6 +4,7 @@ Shape legend: V views, N scans, R = V N rows (all first views, then all second v
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -74,6 +75,7 @@ class Joint(Objective):
     weak: Objective = field(default_factory=YAware)
     label: str = "diagnosis"
     supervised_weight: float = 1.0
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"arbitrary_types_allowed": True}  # for ``weak``
 
     def __post_init__(self) -> None:
         check_at_least_zero("objective joint", supervised_weight=self.supervised_weight)
