@@ -1,11 +1,16 @@
 """FairKL and the exchange of moments: by loops, against the pooled embeddings, at the limits."""
 
+import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from core.losses import FairKL
+from core.losses import EmbeddedViews, EnD, FairKL, Kernel, ReleasedFairKL
+from core.losses.fairkl import gaussian_kl
 from core.moments import (
     GroupMoments,
     MomentPolicy,
@@ -17,10 +22,17 @@ from core.moments import (
     site_moments,
 )
 
+NAN = math.nan
 EXACT = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
+DIVERGENCES = ["kl", "jeffreys", "moments", "mean"]
+STATISTICS = ["per_anchor", "per_batch"]
 
 
-def cohort(seed: int = 0, per_site: int = 24, features: int = 6) -> dict[str, torch.Tensor]:
+def age_kernel(bandwidth_years: float) -> Kernel:
+    return Kernel(bandwidths={"age_years": bandwidth_years})
+
+
+def cohort(seed: int = 0, per_site: int = 24, features: int = 6) -> dict[str, Tensor]:
     """Three sites, the last with two scanners; ages on a few exact values; unit-length rows that depend on both."""
     g = torch.Generator().manual_seed(seed)
     site = torch.arange(3).repeat_interleave(per_site)
@@ -30,90 +42,221 @@ def cohort(seed: int = 0, per_site: int = 24, features: int = 6) -> dict[str, to
     z = torch.randn(3 * per_site, features, generator=g, dtype=torch.float64)
     z[:, 0] += scanner
     z[:, 1] += age / 20
-    return {"site": site, "scanner": scanner, "age": age.double(), "z": torch.nn.functional.normalize(z, dim=1)}
+    return {
+        "site": site,
+        "scanner": scanner,
+        "age_years": age.double(),
+        "sex": torch.randint(0, 2, (3 * per_site,), generator=g).double(),
+        "z": torch.nn.functional.normalize(z, dim=1),
+    }
 
 
-def looped(fairkl: FairKL, z: torch.Tensor, age: torch.Tensor, bias: torch.Tensor, scan: torch.Tensor) -> float:
+def part(data: dict[str, Tensor], rows: Tensor | slice) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in data.items()}
+
+
+def pooled(debias: FairKL | ReleasedFairKL | EnD, data: dict[str, Tensor]) -> Tensor:
+    """Of one view."""
+    return debias.of(EmbeddedViews([data["z"]], data))
+
+
+def moments_of(data: dict[str, Tensor], label: str = "age_years", bin_width: float = 10.0) -> GroupMoments:
+    """What a site sends when its policy withholds nothing."""
+    moments, withheld = site_moments(data["z"], data[label], data["scanner"], bin_years=bin_width, policy=EXACT)
+    assert withheld == 0
+    return moments
+
+
+class Rows:
+    """What the loops below see: unit rows of V views of N scans, in Python's numbers, and labels of every row."""
+
+    def __init__(self, views: Sequence[Tensor], metadata: dict[str, Tensor]) -> None:
+        self.num_scans = len(views[0])
+        raw = [row for view in views for row in view.tolist()]
+        self.unit = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in raw]
+        self.all = range(len(raw))
+        self.labels = {
+            name: values.tolist() * len(views) if values.ndim == 1 else values.flatten().tolist()
+            for name, values in metadata.items()
+        }
+
+    def same_scan(self, i: int, j: int) -> bool:
+        return i % self.num_scans == j % self.num_scans
+
+    def s(self, i: int, j: int) -> float:
+        return sum(a * b for a, b in zip(self.unit[i], self.unit[j], strict=True))
+
+
+def kernel_weight(rows: Rows, i: int, j: int, kernel: Kernel) -> float:
+    product = 1.0
+    for label, bandwidth in kernel.bandwidths.items():
+        y, other = rows.labels[label][i], rows.labels[label][j]
+        product *= float(y == other) if bandwidth == 0 else math.exp(-0.5 * ((y - other) / bandwidth) ** 2)
+    return product
+
+
+def divergence_of(aligned: list[tuple[float, float]], conflicting: list[tuple[float, float]], fairkl: FairKL) -> float | None:
+    """Of two lists of weights and similarities; None where a list weighs too little."""
+    moments = []
+    for pairs in (aligned, conflicting):
+        size = sum(w for w, _ in pairs)
+        if size < fairkl.min_weight:
+            return None
+        mean = sum(w * s for w, s in pairs) / size
+        moments.append((mean, sum(w * (s - mean) ** 2 for w, s in pairs) / size + fairkl.variance_floor))
+    (mu_a, v_a), (mu_c, v_c) = moments
+
+    def kl(mean: float, variance: float, of_mean: float, of_variance: float) -> float:
+        return 0.5 * ((variance + (mean - of_mean) ** 2) / of_variance - math.log(variance / of_variance) - 1)
+
+    return {
+        "kl": kl(mu_a, v_a, mu_c, v_c),
+        "jeffreys": kl(mu_a, v_a, mu_c, v_c) + kl(mu_c, v_c, mu_a, v_a),
+        "moments": (mu_a - mu_c) ** 2 + (math.sqrt(v_a) - math.sqrt(v_c)) ** 2,
+        "mean": (mu_a - mu_c) ** 2,
+    }[fairkl.divergence]
+
+
+def looped(fairkl: FairKL, views: Sequence[Tensor], metadata: dict[str, Tensor]) -> float:
     """FairKL, one anchor and one pair at a time."""
+    rows = Rows(views, metadata)
+    read = [*fairkl.kernel.bandwidths, fairkl.bias]
+    known = [not any(math.isnan(rows.labels[name][i]) for name in read) for i in rows.all]
     total = 0.0
     for positive in (True, False):
-        values = []
-        for i in range(len(z)):
+        anchors = []
+        for i in rows.all:
             groups: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-            for j in range(len(z)):
-                if scan[i] == scan[j] or torch.isnan(age[i]) or torch.isnan(age[j]):
-                    continue
-                kernel = math.exp(-0.5 * float((age[i] - age[j]) / fairkl.bandwidth_years) ** 2)
-                groups[bool(bias[i] == bias[j])].append((kernel if positive else 1 - kernel, float(z[i] @ z[j])))
-            mean, variance, size = {}, {}, {}
-            for aligned, pairs in groups.items():
-                size[aligned] = sum(w for w, _ in pairs)
-                if size[aligned] >= fairkl.min_weight:
-                    mean[aligned] = sum(w * s for w, s in pairs) / size[aligned]
-                    variance[aligned] = sum(w * (s - mean[aligned]) ** 2 for w, s in pairs) / size[aligned]
-            if len(mean) == 2:
-                v_a, v_c = variance[True] + fairkl.variance_floor, variance[False] + fairkl.variance_floor
-                values.append(0.5 * ((v_a + (mean[True] - mean[False]) ** 2) / v_c - math.log(v_a / v_c) - 1))
-        total += sum(values) / len(values) if values else 0.0
+            for j in rows.all:
+                if known[i] and known[j] and not rows.same_scan(i, j):
+                    weight = kernel_weight(rows, i, j, fairkl.kernel)
+                    same_bias = rows.labels[fairkl.bias][i] == rows.labels[fairkl.bias][j]
+                    groups[same_bias].append((weight if positive else 1 - weight, rows.s(i, j)))
+            anchors.append((groups[True], groups[False]))
+        if fairkl.statistics == "per_batch":
+            anchors = [([pair for one, _ in anchors for pair in one], [pair for _, other in anchors for pair in other])]
+        values = [divergence_of(*anchor, fairkl) for anchor in anchors]
+        counting = [value for value in values if value is not None]
+        total += sum(counting) / len(counting) if counting else 0.0
     return total
 
 
-def pooled(fairkl: FairKL, data: dict[str, torch.Tensor]) -> torch.Tensor:
-    return fairkl(data["z"], data["age"], data["scanner"], torch.arange(len(data["z"])))
+def unknown_and_uneven(views: int, labels_of_views: bool, per_site: int = 5) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """A batch of several views with an unknown age, sex and scanner; labels of each view where two scans are paired."""
+    data = cohort(per_site=per_site)
+    embedded = [data["z"].roll(view, 0) + 0.1 * view for view in range(views)]
+    metadata = {name: data[name].double() for name in ("age_years", "sex", "scanner")}
+    for name, scan in {"age_years": 1, "sex": 4, "scanner": 8}.items():
+        metadata[name][scan] = NAN
+    if labels_of_views:
+        metadata = {name: torch.stack([value.roll(2 * view, 0) for view in range(views)]) for name, value in metadata.items()}
+    return embedded, metadata
 
 
-def test_equals_the_formula_in_loops() -> None:
-    data = cohort(per_site=8)
-    data["age"][3] = math.nan
-    fairkl = FairKL(bandwidth_years=7.0, min_weight=0.5)
-    expected = looped(fairkl, data["z"], data["age"], data["scanner"], torch.arange(24))
-    assert expected > 0.1
-    assert float(pooled(fairkl, data)) == pytest.approx(expected, rel=1e-10)
+KERNELS = {
+    "age": age_kernel(7.0),
+    "sex": Kernel(bandwidths={"sex": 0}),
+    "age_and_sex": Kernel(bandwidths={"age_years": 12.0, "sex": 0}),
+}
+
+
+@pytest.mark.parametrize("labels_of_views", [False, True], ids=["labels_of_scans", "labels_of_views"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equals_the_formula_in_loops(divergence: Any, statistics: Any, kernel: str, views: int, labels_of_views: bool) -> None:
+    fairkl = FairKL(kernel=KERNELS[kernel], divergence=divergence, statistics=statistics, min_weight=0.5)
+    embedded, metadata = unknown_and_uneven(views, labels_of_views)
+    expected = looped(fairkl, embedded, metadata)
+    assert expected > 1e-3
+    assert float(fairkl.of(EmbeddedViews(embedded, metadata))) == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_anchors_that_count_are_those_with_enough_on_both_sides() -> None:
+    # Four of one scanner, two of another, all of one age: only the four have two conflicting scans and two of their own.
+    data = part(cohort(per_site=6), slice(0, 6))
+    data |= {"age_years": torch.full((6,), 30.0), "scanner": torch.tensor([0, 0, 0, 0, 1, 1])}
+    for least, anchors in ((1.0, 6), (2.0, 4), (2.5, 0)):
+        fairkl = FairKL(divergence="mean", min_weight=least)
+        s = data["z"] @ data["z"].T
+        squares = []
+        for i in range(anchors):
+            own = [j for j in range(6) if j != i and data["scanner"][j] == data["scanner"][i]]
+            other = [j for j in range(6) if data["scanner"][j] != data["scanner"][i]]
+            squares.append(float(s[i, own].mean() - s[i, other].mean()) ** 2)
+        expected = sum(squares) / anchors if anchors else 0.0
+        assert float(pooled(fairkl, data)) == pytest.approx(expected, rel=1e-10)
+        assert expected == pytest.approx(looped(fairkl, [data["z"]], {name: data[name] for name in ("age_years", "scanner")}))
 
 
 def test_two_views_of_a_scan_are_no_pair() -> None:
+    # Two identical views of each scan: every pair four times, as every similarity once; the scan's own never.
     data = cohort(per_site=6)
-    rows, scan = torch.cat([data["z"], data["z"].roll(1, 0)]), torch.arange(18).repeat(2)
-    fairkl = FairKL(min_weight=0.1)
-    expected = looped(fairkl, rows, data["age"].repeat(2), data["scanner"].repeat(2), scan)
-    assert float(fairkl(rows, data["age"].repeat(2), data["scanner"].repeat(2), scan)) == pytest.approx(expected, rel=1e-10)
+    once, twice = FairKL(min_weight=0.1), FairKL(min_weight=0.2)
+    expected = float(pooled(once, data))
+    assert expected > 0.1
+    assert float(twice(data["z"], data["z"], data)) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_moment_exchange_equals_pooled_embeddings(seed: int) -> None:
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("label", ["age_years", "sex"])
+def test_moment_exchange_equals_pooled_embeddings(label: str, divergence: Any, views: int, seed: int) -> None:
     """Identity 6: every site computes FairKL from its own rows and the others' moments; together they give the pooled one."""
     data = cohort(seed=seed, per_site=30)
     # Sites of different sizes.
-    keep = torch.cat([torch.arange(0, 30), torch.arange(30, 50), torch.arange(60, 90)])
-    data = {name: value[keep] for name, value in data.items()}
-    fairkl = FairKL(bandwidth_years=8.0, min_weight=1e-9)
-    sent = []
-    for site in range(3):
-        own = data["site"] == site
-        moments, withheld = site_moments(data["z"][own], data["age"][own], data["scanner"][own], bin_years=10.0, policy=EXACT)
-        assert withheld == 0
-        sent.append(moments)
-    total, scans = 0.0, 0
-    for site in range(3):
-        own = data["site"] == site
-        remote = concatenate([sent[other] for other in range(3) if other != site])
-        value = fairkl(data["z"][own], data["age"][own], data["scanner"][own], torch.arange(int(own.sum())), remote)
-        total += float(value) * int(own.sum())
-        scans += int(own.sum())
-    expected = float(pooled(fairkl, data))
-    assert expected > 0.1
-    assert total / scans == pytest.approx(expected, abs=1e-10)
+    data = part(data, torch.cat([torch.arange(0, 30), torch.arange(30, 50), torch.arange(60, 90)]))
+    kernel = age_kernel(8.0) if label == "age_years" else Kernel(bandwidths={"sex": 0})
+    fairkl = FairKL(kernel=kernel, divergence=divergence, min_weight=1e-9)
+    sites = [part(data, data["site"] == site) for site in range(3)]
+    sent = [moments_of(site, label, 10.0 if label == "age_years" else 1.0) for site in sites]
+    total = 0.0
+    for number, site in enumerate(sites):
+        remote = concatenate([moments for other, moments in enumerate(sent) if other != number])
+        total += float(fairkl.of(EmbeddedViews([site["z"]] * views, site), remote)) * len(site["z"])
+    expected = float(fairkl.of(EmbeddedViews([data["z"]] * views, data)))
+    assert expected > 1e-3
+    assert total / len(data["z"]) == pytest.approx(expected, abs=1e-10)
     # Without the exchange the one-scanner sites have nothing to compare with: the figure is another.
-    alone = float(fairkl(data["z"][:30], data["age"][:30], data["scanner"][:30], torch.arange(30)))
-    assert alone == 0.0
+    assert float(pooled(fairkl, sites[0])) == 0.0
+
+
+def test_a_batch_weighs_remote_groups_as_a_pooled_batch_would() -> None:
+    # Half the scans of a site see half of what every remote group counts: as if they held half as many.
+    data = cohort()
+    sites = [part(data, data["site"] == site) for site in (0, 2)]
+    batch, remote = part(sites[1], slice(0, 12)), moments_of(sites[0])
+    halved = GroupMoments(remote.label_G, remote.count_G / 2, remote.mean_GD, remote.variance_GD, remote.covariance_GDD)
+    fairkl, views = FairKL(min_weight=0.5), EmbeddedViews([batch["z"]], batch)
+    assert float(fairkl.of(views, remote, 0.5)) == pytest.approx(float(fairkl.of(views, halved)), rel=1e-12)
+    assert float(fairkl.of(views, remote, 0.5)) != pytest.approx(float(fairkl.of(views, remote)), rel=1e-3)
+
+
+def test_no_remote_group_is_as_no_exchange() -> None:
+    data = cohort()
+    nobody, _ = site_moments(
+        data["z"][:1], torch.full((1,), NAN), data["scanner"][:1], bin_years=10.0, policy=MomentPolicy(min_group=10)
+    )
+    assert len(nobody) == 0
+    views = EmbeddedViews([data["z"]], data)
+    assert float(FairKL().of(views, nobody)) == float(FairKL().of(views))
+
+
+def test_remote_groups_know_one_label() -> None:
+    data = cohort()
+    with pytest.raises(ValueError, match=r"debias fairkl: remote groups tell one label, got a kernel of \['age_years', 'sex'\]"):
+        FairKL(kernel=KERNELS["age_and_sex"]).of(EmbeddedViews([data["z"]], data), moments_of(data))
 
 
 def test_gradient_flows_through_the_anchor_and_not_through_the_moments() -> None:
     data = cohort()
-    own = data["site"] == 0
-    remote, _ = site_moments(data["z"][~own], data["age"][~own], data["scanner"][~own], bin_years=10.0, policy=EXACT)
-    z = data["z"][own].clone().requires_grad_()
-    loss = FairKL()(z, data["age"][own], data["scanner"][own], torch.arange(24), remote)
+    own = part(data, data["site"] == 0)
+    remote = moments_of(part(data, data["site"] != 0))
+    z = own["z"].clone().requires_grad_()
+    remote.mean_GD.requires_grad_()
+    loss = FairKL().of(EmbeddedViews([z], own), remote)
     loss.backward()
     assert z.grad is not None
     assert torch.isfinite(z.grad).all()
@@ -123,15 +266,14 @@ def test_gradient_flows_through_the_anchor_and_not_through_the_moments() -> None
 def test_descent_makes_sites_alike() -> None:
     """What it is for: moving the rows of one site down the gradient brings the sites' means together."""
     data = cohort(per_site=40)
-    own = data["site"] == 0
-    remote, _ = site_moments(data["z"][~own], data["age"][~own], data["scanner"][~own], bin_years=10.0, policy=EXACT)
-    far = data["z"][~own].mean(0)
-    free = data["z"][own].clone().requires_grad_()
+    own = part(data, data["site"] == 0)
+    remote = moments_of(part(data, data["site"] != 0))
+    far = data["z"][40:].mean(0)
+    free = own["z"].clone().requires_grad_()
     optimiser = torch.optim.Adam([free], lr=0.02)
-    before = float((data["z"][own].mean(0) - far).norm())
+    before = float((own["z"].mean(0) - far).norm())
     for _ in range(100):
-        z = torch.nn.functional.normalize(free, dim=1)
-        loss = FairKL()(z, data["age"][own], data["scanner"][own], torch.arange(40), remote)
+        loss = FairKL().of(EmbeddedViews([free], own), remote)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -139,26 +281,71 @@ def test_descent_makes_sites_alike() -> None:
     assert after < 0.5 * before
 
 
-@pytest.mark.parametrize("case", ["one_scanner", "one_scan", "no_ages", "collapsed"])
-def test_empty_groups_contribute_exactly_nothing(case: str) -> None:
+@pytest.mark.parametrize("case", ["one_scanner", "one_scan", "no_ages", "no_scanners", "every_scan_its_scanner", "collapsed"])
+@pytest.mark.parametrize("statistics", STATISTICS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_empty_groups_contribute_exactly_nothing(divergence: Any, statistics: Any, case: str) -> None:
     data = cohort(per_site=8)
-    z, age, scanner = data["z"].clone(), data["age"].clone(), data["scanner"].clone()
-    if case == "one_scanner":
-        scanner[:] = 0
-    if case == "one_scan":
-        z, age, scanner = z[:1], age[:1], scanner[:1]
-    if case == "no_ages":
-        age[:] = math.nan
+    data["scanner"] = data["scanner"].double()
+    match case:
+        case "one_scanner":
+            data["scanner"][:] = 0
+        case "one_scan":
+            data = part(data, slice(0, 1))
+        case "no_ages":
+            data["age_years"][:] = NAN
+        case "no_scanners":
+            data["scanner"][:] = NAN
+        case "every_scan_its_scanner":
+            data["scanner"] = torch.arange(24.0)
+        case "collapsed":
+            data["z"] = torch.ones_like(data["z"])
+    z = data["z"].clone().requires_grad_()
+    loss = FairKL(divergence=divergence, statistics=statistics).of(EmbeddedViews([z], data))
+    (gradient,) = torch.autograd.grad(loss, z)
     if case == "collapsed":
-        z = torch.nn.functional.normalize(torch.ones_like(z), dim=1)
-    z.requires_grad_()
-    loss = FairKL()(z, age, scanner, torch.arange(len(z)))
-    assert float(loss.detach()) == pytest.approx(0.0, abs=1e-12)
-    assert loss.isfinite()
-    if loss.requires_grad:
-        loss.backward()
-        assert z.grad is not None
-        assert torch.isfinite(z.grad).all()
+        # Nothing tells two scanners apart.
+        assert float(loss.detach()) == pytest.approx(0.0, abs=1e-12)
+        assert float(gradient.abs().max()) < 1e-7
+    else:
+        assert float(loss.detach()) == 0.0
+        assert float(gradient.abs().max()) == 0.0
+
+
+def test_an_empty_sign_leaves_the_other_as_it_is() -> None:
+    # Classes, each on both scanners, and no two scans of different classes known: negatives are empty.
+    data = part(cohort(per_site=12), slice(12, 36))
+    data["sex"][:] = 1.0
+    fairkl = FairKL(kernel=Kernel(bandwidths={"sex": 0}), min_weight=1)
+    positives_alone = float(pooled(fairkl, data))
+    assert positives_alone > 1e-3
+    # A scanner that holds a class of its own: no conflicting positives, and the positives count no more.
+    data["sex"] = data["scanner"].double()
+    confounded = looped(fairkl, [data["z"]], {name: data[name].double() for name in ("sex", "scanner")})
+    assert float(pooled(fairkl, data)) == pytest.approx(confounded, rel=1e-10, abs=1e-15)
+    assert confounded == 0.0  # nor are there aligned negatives
+
+
+@pytest.mark.parametrize("name", ["age_years", "scanner"])
+def test_a_scan_of_unknown_label_or_scanner_is_as_if_it_were_not_there(name: str) -> None:
+    data = cohort(per_site=8)
+    data["scanner"] = data["scanner"].double()
+    for statistics in STATISTICS:
+        fairkl = FairKL(min_weight=0.5, statistics=statistics)
+        without = float(pooled(fairkl, part(data, data["site"] != 1)))
+        unknown = {**data, name: torch.where(data["site"] == 1, NAN, data[name])}
+        assert float(pooled(fairkl, unknown)) == pytest.approx(without, rel=1e-12)
+
+
+def test_scanner_codes_may_be_numbers_of_any_kind() -> None:
+    data = cohort(per_site=8)
+    expected = float(pooled(FairKL(), data))
+    for scanner in (data["scanner"].double(), data["scanner"] * -7 + 2**40, data["scanner"].to(torch.uint8)):
+        assert float(pooled(FairKL(), {**data, "scanner": scanner})) == pytest.approx(expected, rel=1e-12)
+    halves = {**data, "scanner": data["scanner"] > 1}
+    assert float(pooled(FairKL(), halves)) == pytest.approx(
+        float(pooled(FairKL(), {**data, "scanner": halves["scanner"].double()})), rel=1e-12
+    )
 
 
 def test_withheld_variance_compares_means_at_equal_variance() -> None:
@@ -169,10 +356,10 @@ def test_withheld_variance_compares_means_at_equal_variance() -> None:
         torch.tensor([30.0]),
         torch.tensor([10.0]),
         torch.tensor([[0.2, 0.0, 0.0]]),
-        torch.full((1, 3), math.nan),
+        torch.full((1, 3), NAN),
         torch.zeros(0, 3, 3),
     )
-    age, one = torch.full((3,), 30.0), torch.zeros(3)
+    metadata = {"age_years": torch.full((3,), 30.0), "scanner": torch.zeros(3)}
     squares, variances = [], []
     for i in range(3):
         s = [float(z[i] @ z[j]) for j in range(3) if j != i]
@@ -180,8 +367,231 @@ def test_withheld_variance_compares_means_at_equal_variance() -> None:
         variances.append(sum((v - mean) ** 2 for v in s) / 2 + 1e-2)
         squares.append((mean - float(z[i, 0]) * 0.2) ** 2)
     assert (squares[0], variances[0]) == pytest.approx((0.25, 0.02), rel=1e-9)
-    expected = sum(squares) / 3 / (2 * sum(variances) / 3)
-    assert float(FairKL(min_weight=1.5)(z, age, one, torch.arange(3), remote)) == pytest.approx(expected, rel=1e-7)
+    mean_square, common = sum(squares) / 3, sum(variances) / 3
+    expected = {"kl": mean_square / (2 * common), "jeffreys": mean_square / common, "moments": mean_square, "mean": mean_square}
+    for divergence in DIVERGENCES:
+        fairkl = FairKL(min_weight=1.5, divergence=divergence)
+        assert float(fairkl.of(EmbeddedViews([z], metadata), remote)) == pytest.approx(expected[divergence], rel=1e-7)
+
+
+def test_gaussian_kl_is_that_of_torch() -> None:
+    g = torch.Generator().manual_seed(0)
+    mean_a, mean_c = (torch.randn(20, generator=g, dtype=torch.float64) for _ in range(2))
+    sd_a, sd_c = (torch.rand(20, generator=g, dtype=torch.float64) + 0.01 for _ in range(2))
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean_a, sd_a), normal(mean_c, sd_c))
+    torch.testing.assert_close(gaussian_kl(mean_a, sd_a**2, mean_c, sd_c**2), expected, rtol=1e-12, atol=1e-14)
+
+
+# The code of the authors, and the ancestor.
+
+
+def looped_released(debias: ReleasedFairKL, rows: Rows) -> float:
+    """All R x R entries, a row with itself among them."""
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values) if values else 0.0
+
+    means, spreads = {}, {}
+    for positive, aligned in itertools.product((True, False), repeat=2):
+        chosen, entries = [], []
+        for i, j in itertools.product(rows.all, repeat=2):
+            same_label = rows.labels[debias.label][i] == rows.labels[debias.label][j]
+            same_bias = rows.labels[debias.bias][i] == rows.labels[debias.bias][j]
+            inside = (same_label, same_bias) == (positive, aligned)
+            entries.append(rows.s(i, j) / debias.temperature if inside else 0.0)
+            chosen += [rows.s(i, j) / debias.temperature] if inside else []
+        means[positive, aligned] = mean(chosen)
+        spreads[positive, aligned] = math.sqrt(sum((e - mean(entries)) ** 2 for e in entries) / (len(entries) - 1))
+    total = -means[True, False] + means[False, True]
+    for positive in (True, False):
+        total += (means[positive, True] - means[positive, False]) ** 2
+        total += debias.spread_weight * (spreads[positive, True] - spreads[positive, False]) ** 2
+    return total
+
+
+def looped_end(debias: EnD, rows: Rows) -> float:
+    label, bias = rows.labels[debias.label], rows.labels[debias.bias]
+    pairs = [(i, j) for i, j in itertools.product(rows.all, repeat=2) if j < i and not rows.same_scan(i, j)]
+    sharing = [(i, j) for i, j in pairs if bias[i] == bias[j]]
+    sums = [abs(sum(rows.s(i, j) for i, j in sharing if bias[i] == value)) for value in set(bias)]
+    crossing = [
+        (i, j)
+        for i, j in pairs
+        if label[i] == label[j] and bias[i] != bias[j] and not math.isnan(bias[i] + bias[j])
+        if not debias.released or bias[i] < bias[j]
+    ]
+    total = debias.disentangle_weight * sum(sums) / len(sharing) if sharing else 0.0
+    if crossing:
+        total += debias.entangle_weight * (1 - sum((1 + rows.s(i, j)) / 2 for i, j in crossing) / len(crossing))
+    return total
+
+
+@pytest.mark.parametrize("labels_of_views", [False, True], ids=["labels_of_scans", "labels_of_views"])
+@pytest.mark.parametrize("views", [1, 2, 3])
+@pytest.mark.parametrize(
+    "debias",
+    [
+        ReleasedFairKL(),
+        ReleasedFairKL(temperature=0.1, spread_weight=0.3),
+        EnD(),
+        EnD(disentangle_weight=0.3, entangle_weight=2.0),
+        EnD(released=True),
+    ],
+    ids=repr,
+)
+def test_released_fairkl_and_end_equal_loops(debias: ReleasedFairKL | EnD, views: int, labels_of_views: bool) -> None:
+    embedded, metadata = unknown_and_uneven(views, labels_of_views, per_site=4)
+    rows = Rows(embedded, metadata)
+    expected = looped_released(debias, rows) if isinstance(debias, ReleasedFairKL) else looped_end(debias, rows)
+    assert abs(expected) > 1e-3
+    assert float(debias.of(EmbeddedViews(embedded, metadata))) == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_released_form_pulls_positives_apart_where_fairkl_is_silent() -> None:
+    """Why it is never the default: one class on one scanner, nothing to debias."""
+    data = part(cohort(), slice(0, 24))
+    data["sex"][:] = 0
+    metadata = {"age_years": torch.full((24,), 30.0), **{name: data[name] for name in ("sex", "scanner")}}
+    z = data["z"].clone().requires_grad_()
+    views = EmbeddedViews([z], metadata)
+    assert float(FairKL().of(views).detach()) == 0.0
+    (gradient,) = torch.autograd.grad(ReleasedFairKL().of(views), z)
+    step = torch.nn.functional.normalize(z.detach() - 5 * gradient, dim=1)
+    assert float((step @ step.T).mean()) < float((data["z"] @ data["z"].T).mean()) - 0.05
+
+
+def test_the_released_form_of_end_depends_on_the_order_of_scans() -> None:
+    data = part(cohort(per_site=6), slice(0, 12))
+    turned = {name: value.flip(0) for name, value in data.items()}
+    assert float(pooled(EnD(released=True), turned)) != pytest.approx(float(pooled(EnD(released=True), data)), rel=1e-3)
+    assert float(pooled(EnD(), turned)) == pytest.approx(float(pooled(EnD(), data)), rel=1e-12)
+
+
+# Derivatives, precision, order.
+
+ALL = [
+    *(
+        FairKL(divergence=divergence, statistics=statistics, min_weight=0.5)  # type: ignore[arg-type]
+        for divergence in DIVERGENCES
+        for statistics in STATISTICS
+    ),
+    FairKL(kernel=Kernel(bandwidths={"sex": 0}), min_weight=1),
+    ReleasedFairKL(),
+    EnD(),
+    EnD(released=True),
+]
+every_debiasing = pytest.mark.parametrize("debias", ALL, ids=repr)
+
+
+@every_debiasing
+def test_the_gradient_is_the_derivative_and_has_one_itself(debias: Any) -> None:
+    embedded, metadata = unknown_and_uneven(2, labels_of_views=False, per_site=3)
+    metadata["scanner"][:] = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, NAN])
+    views = [view[:, :3].clone().requires_grad_() for view in embedded]
+
+    def loss(*views: Tensor) -> Tensor:
+        return debias.of(EmbeddedViews(views, metadata))
+
+    assert float(loss(*views).detach()) != 0.0
+    assert torch.autograd.gradcheck(loss, views, atol=1e-6, rtol=1e-4, fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, views, atol=1e-5, rtol=1e-4, fast_mode=True)
+    value = loss(*views)
+    first, again = (torch.autograd.grad(value, views, retain_graph=True) for _ in range(2))
+    for one, two, other in zip(first, again, torch.autograd.grad(value, views, create_graph=True), strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    # The flag: d/dz_j of the gradient at z_i is not zero.
+    (mixed,) = torch.autograd.grad(torch.autograd.grad(loss(*views), views[0], create_graph=True)[0][0].sum(), views[0])
+    assert bool((mixed[1:].abs() > 1e-9).any()) == debias.couples_scans
+
+
+@every_debiasing
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("case", ["random", "collapsed", "zero_rows", "one_scan", "one_view", "one_class", "unknown", "one_bias"])
+def test_loss_and_gradient_are_finite(debias: Any, precision: str, case: str) -> None:
+    embedded, metadata = unknown_and_uneven(1 if case == "one_view" else 2, labels_of_views=False)
+    match case:
+        case "collapsed":
+            embedded = [torch.full_like(view, 0.3) for view in embedded]
+        case "zero_rows":
+            embedded = [view * (torch.arange(15) % 2)[:, None] for view in embedded]
+        case "one_scan":
+            embedded, metadata = [view[:1] for view in embedded], part(metadata, slice(0, 1))
+        case "one_class":
+            metadata |= {"sex": torch.zeros(15), "age_years": torch.full((15,), 30.0)}
+        case "unknown":
+            metadata = {name: torch.full_like(value, NAN) for name, value in metadata.items()}
+        case "one_bias":
+            metadata["scanner"] = torch.zeros(15)
+    dtype = torch.float32 if precision == "autocast" else getattr(torch, precision)
+    views = [view.to(dtype).requires_grad_() for view in embedded]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+        made = [torch.nn.functional.linear(view, torch.eye(6).to(view)) for view in views]
+        loss = debias.of(EmbeddedViews(made, metadata))
+    assert loss.dtype == (torch.float64 if precision == "float64" else torch.float32)
+    assert math.isfinite(float(loss.detach()))
+    assert abs(float(loss.detach())) < 1e4
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, views))
+    if precision == "autocast":
+        assert float(loss.detach()) == float(debias.of(EmbeddedViews([view.detach().float() for view in made], metadata)))
+
+
+@every_debiasing
+def test_float32_is_close_to_float64(debias: Any) -> None:
+    # Embeddings with a large common part: similarities are near 1, and their variances small differences of squares.
+    data = cohort(per_site=20)
+    metadata = {name: data[name].double() for name in ("age_years", "sex", "scanner")}
+    for common in (0.0, 1.0):
+        exact = (data["z"] + common).requires_grad_()
+        single = exact.detach().float().requires_grad_()
+        expected, loss = (debias.of(EmbeddedViews([z], metadata)) for z in (exact, single))
+        assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-3, abs=1e-6)
+        (gradient,), (theirs,) = torch.autograd.grad(loss, single), torch.autograd.grad(expected, exact)
+        assert float((gradient - theirs).norm()) <= 1e-3 * float(theirs.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("debias", [one for one in ALL if one != EnD(released=True)], ids=repr)
+def test_the_order_of_scans_and_of_views_does_not_matter(debias: Any) -> None:
+    embedded, metadata = unknown_and_uneven(2, labels_of_views=True)
+    expected = float(debias.of(EmbeddedViews(embedded, metadata)))
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
+    shuffled = {name: value[:, order] for name, value in metadata.items()}
+    assert float(debias.of(EmbeddedViews([view[order] for view in embedded], shuffled))) == pytest.approx(expected, rel=1e-11)
+    turned = {name: value.flip(0) for name, value in metadata.items()}
+    assert float(debias(embedded[1], embedded[0], turned)) == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FairKL(min_weight=0), "debias fairkl: min_weight must be positive and finite, got 0"),
+        (lambda: FairKL(variance_floor=NAN), "debias fairkl: variance_floor must be positive and finite, got nan"),
+        (lambda: FairKL(divergence="js"), r"debias fairkl: divergence must be one of \('kl', .*\), got 'js'"),
+        (lambda: FairKL(statistics="per_site"), r"debias fairkl: statistics must be one of .*, got 'per_site'"),
+        (lambda: ReleasedFairKL(temperature=0), "debias released_fairkl: temperature must be positive and finite, got 0"),
+        (lambda: ReleasedFairKL(spread_weight=-1), "debias released_fairkl: spread_weight must be 0 or positive"),
+        (lambda: EnD(disentangle_weight=-1), "debias end: disentangle_weight must be 0 or positive and finite, got -1"),
+        (lambda: EnD(entangle_weight=NAN), "debias end: entangle_weight must be 0 or positive and finite, got nan"),
+    ],
+)
+def test_bad_settings_are_refused(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_missing_labels_are_refused() -> None:
+    z = torch.eye(3)
+    with pytest.raises(ValueError, match=r"loss: metadata must hold 'scanner', got \['age_years'\]"):
+        FairKL()(z, z, {"age_years": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"metadata 'scanner' must have shape \(3,\) or \(2, 3\), got \(4,\)"):
+        FairKL()(z, z, {"age_years": torch.ones(3), "scanner": torch.ones(4)})
+    for debias in (ReleasedFairKL(), EnD()):
+        with pytest.raises(ValueError, match="loss: metadata must hold"):
+            debias(z, z, {"sex": torch.ones(3)})
+
+
+# What a site sends.
 
 
 def test_policy_decides_what_leaves() -> None:
@@ -221,7 +631,7 @@ def test_moments_that_cannot_be_are_refused() -> None:
     assert len(GroupMoments(**good)) == 1
     for name, value, match in [
         ("mean_GD", torch.tensor([[2.0, 0.0]]), "unit ball"),
-        ("mean_GD", torch.tensor([[math.nan, 0.0]]), "finite"),
+        ("mean_GD", torch.tensor([[NAN, 0.0]]), "finite"),
         ("count_G", torch.tensor([0.0]), "positive"),
         ("variance_GD", torch.tensor([[-1.0, 0.0]]), "not negative"),
         ("variance_GD", torch.zeros(2, 2), "shape"),

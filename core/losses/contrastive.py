@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from core.losses.embedded import EmbeddedViews, Objective, log_sum_exp, margin_loss, weighted_cross_entropy
+from core.losses.embedded import EmbeddedViews, Objective, log_add_exp, log_sum_exp, margin_loss, weighted_cross_entropy
 from core.losses.kernels import check_positive
 
 RELEASED_TEMPERATURE = 0.07  # released code of the SupCon family multiplies its losses by temperature / 0.07
@@ -67,7 +67,7 @@ class InfoNCE(Objective):
 
     def loss(self, views: EmbeddedViews) -> Tensor:
         """Of two views or more; a single view of each scan has no positives and its loss is 0."""
-        if views.num_views == 1:
+        if views.num_views == 1 or (self.margin == math.inf and views.num_scans == 1):
             return views.zero()
         negatives_RR = views.fill_own_(torch.ones_like(views.similarity, requires_grad=False), 0.0)
         log_negatives_VN = views.by_view(log_sum_exp(views, 1.0 / self.temperature, negatives_RR))
@@ -82,10 +82,10 @@ class InfoNCE(Objective):
 
 
 def _margin_loss(log_negatives: Tensor, positive: Tensor, margin: float) -> Tensor:
-    """-log [ e^p / ( e^{p - margin} + e^n ) ]; without negatives -margin, and 0 when that is infinite."""
+    """-log [ e^p / ( e^{p - margin} + e^n ) ]; without negatives -margin."""
     if margin == math.inf:
-        return torch.where(log_negatives > -80.0, log_negatives - positive, 0.0)
-    return torch.nn.functional.softplus(log_negatives - positive + margin) - margin
+        return log_negatives - positive
+    return -torch.nn.functional.logsigmoid(positive - margin - log_negatives) - margin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,16 +155,22 @@ class SupCon(_OverClasses):
 
     anchors: Literal["all", "first_view"] = "all"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.anchors not in ("all", "first_view"):
+            raise ValueError(f"objective SupCon: anchors must be 'all' or 'first_view', got {self.anchors!r}.")
+
     def loss(self, views: EmbeddedViews) -> Tensor:
         """Of any number of views."""
         positives_RR = self.positives(views)
         factor_RR = None
         if self.margin:
-            factor_RR = (1.0 - (1.0 - math.exp(-self.margin)) * positives_RR).fill_diagonal_(0.0)
+            # Not 1 - (1 - e^-margin) P, which would keep little of e^-margin in float32.
+            factor_RR = (1.0 - positives_RR).add_(positives_RR, alpha=math.exp(-self.margin)).fill_diagonal_(0.0)
         log_partition_R = log_sum_exp(views, 1.0 / self.temperature, factor_RR, shift=self.shift)
         if self.released:
             guard = log_partition_R.new_tensor(math.log(RELEASED_GUARD))
-            log_partition_R = torch.logaddexp(log_partition_R, guard) + self.shift / self.temperature
+            log_partition_R = log_add_exp(guard, log_partition_R) + self.shift / self.temperature
         loss_R = weighted_cross_entropy(views, self.temperature, positives_RR, log_partition_R)
         return self.scaled((loss_R if self.anchors == "all" else loss_R[: views.num_scans]).mean())
 
@@ -204,5 +210,5 @@ class EpsSupInfoNCE(_OverClasses):
         else:
             log_negatives_R = log_sum_exp(views, 1.0 / self.temperature, (1.0 - positives_RR).fill_diagonal_(0.0))
             log_positives_R = log_sum_exp(views, 1.0 / self.temperature, positives_RR)
-            loss_R = torch.logaddexp(log_positives_R - self.margin - size_R.log(), log_negatives_R) - log_positives_R
+            loss_R = log_add_exp(log_positives_R - self.margin - size_R.log(), log_negatives_R) - log_positives_R
         return self.scaled(torch.where(some_R, loss_R, 0.0).mean())

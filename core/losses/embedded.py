@@ -42,9 +42,10 @@ class EmbeddedViews:
             metadata: for each name a value a scan, (N,), or a value a view of a scan, (V, N), e.g. where two views come from
                 two scanners. NaN means unknown.
         """
-        if not views or any(view.ndim != 2 or view.shape != views[0].shape for view in views):
+        if not views or any(view.ndim != 2 or not len(view) or view.shape != views[0].shape for view in views):
             raise ValueError(
-                f"loss: views must be matrices of the same shape (scans, features), got {[tuple(v.shape) for v in views]}."
+                "loss: views must be matrices of the same shape (scans, features), of a scan or more, "
+                f"got {[tuple(v.shape) for v in views]}."
             )
         self.num_views, self.num_scans = len(views), len(views[0])
         stacked_VND = torch.stack(list(views))
@@ -75,7 +76,14 @@ class EmbeddedViews:
         if "logits" not in self.metadata:
             raise ValueError(f"loss: metadata must hold 'logits' of a classifier, got {sorted(self.metadata)}.")
         logits = self.metadata["logits"].to(self.z_VND.dtype)
-        return logits.flatten(0, 1) if logits.ndim == 3 else logits.repeat(self.num_views, 1)
+        if logits.ndim == 2 and len(logits) == self.num_scans:
+            return logits.repeat(self.num_views, 1)
+        if logits.ndim == 3 and logits.shape[:2] == (self.num_views, self.num_scans):
+            return logits.flatten(0, 1)
+        raise ValueError(
+            f"loss: metadata 'logits' must have shape {(self.num_scans, 'classes')} or "
+            f"{(self.num_views, self.num_scans, 'classes')}, got {tuple(logits.shape)}."
+        )
 
     def labels(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Metadata values of every row, by name."""
@@ -174,11 +182,18 @@ def log_sum_exp(
     assert isinstance(bound, float)
     if bound <= SAFE_EXPONENT:
         sum_R: Tensor = _ExpSum.apply(views.similarity, exponent, factor_RR, shift)  # type: ignore[no-untyped-call]
-        return sum_R.clamp_min(torch.finfo(sum_R.dtype).tiny).log()
+        nothing_R = sum_R == 0
+        lowest = math.log(torch.finfo(sum_R.dtype).tiny)
+        return torch.where(nothing_R, lowest, torch.where(nothing_R, 1.0, sum_R).log())
     logits_RR = (views.any_similarity - shift) * exponent
     if factor_RR is None:
         factor_RR = torch.ones_like(logits_RR, requires_grad=False).fill_diagonal_(0.0)
     return torch.logsumexp(logits_RR + factor_RR.log().clamp_min(-LOWEST), dim=1)
+
+
+def log_add_exp(one: Tensor, other: Tensor) -> Tensor:
+    """Log(e^one + e^other), with finite derivatives of every order also where ``other`` stands for nothing."""
+    return one - torch.nn.functional.logsigmoid(one - other)
 
 
 def weighted_cross_entropy(views: EmbeddedViews, temperature: float, weights_RR: Tensor, log_partition_R: Tensor) -> Tensor:
@@ -204,9 +219,9 @@ def margin_loss(views: EmbeddedViews, temperature: float, positives_RR: Tensor, 
     negatives_RR = (1.0 - positives_RR).fill_diagonal_(0.0)
     log_negatives_R = log_sum_exp(views, 1.0 / temperature, negatives_RR)
     if guard:
-        log_negatives_R = torch.logaddexp(log_negatives_R, log_negatives_R.new_tensor(math.log(guard)))
+        log_negatives_R = log_add_exp(log_negatives_R.new_tensor(math.log(guard)), log_negatives_R)
     logits_RR = views.any_similarity / temperature
-    return (positives_RR * (torch.logaddexp(logits_RR - margin, log_negatives_R[:, None]) - logits_RR)).sum(dim=1)
+    return (positives_RR * (log_add_exp(logits_RR - margin, log_negatives_R[:, None]) - logits_RR)).sum(dim=1)
 
 
 def group_moments(views: EmbeddedViews, weights_RR: Tensor, groups_RB: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,7 +243,10 @@ class _Similarity(torch.autograd.Function):
     def forward(ctx: Any, rows_RD: Tensor, known_RR: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows_RD)
         ctx.symmetric = known_RR is None
-        return rows_RD @ rows_RD.T if known_RR is None else known_RR.view_as(known_RR)
+        if known_RR is not None:
+            return known_RR.view_as(known_RR)
+        with torch.autocast(rows_RD.device.type, enabled=False):
+            return rows_RD @ rows_RD.T
 
     @staticmethod
     def backward(ctx: Any, gradient_RR: Tensor) -> tuple[Tensor, None]:

@@ -90,13 +90,14 @@ class Kernel:
         product: Tensor | None = None
         for label in self.labels:
             bandwidth = self.bandwidths[label]
-            one_R, other_M = (_floating(values[label]) for values in (labels, others or labels))
+            one_R, other_M = (values[label] for values in (labels, others or labels))
             if bandwidth:
+                one_R, other_M = _floating(one_R), _floating(other_M)
                 weight = SHAPES[self.shape](one_R[:, None] - other_M[None, :], bandwidth)
                 if one_R.isnan().any() or other_M.isnan().any():
                     weight.nan_to_num_(nan=0.0)
             else:
-                weight = (one_R[:, None] == other_M[None, :]).to(one_R.dtype)
+                weight = (one_R[:, None] == other_M[None, :]).to(_floating(one_R).dtype)
             product = weight if product is None else product.mul_(weight)
         assert product is not None
         return product if self.peak == 1.0 else product.mul_(self.peak)

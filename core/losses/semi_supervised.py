@@ -91,8 +91,11 @@ class Joint(Objective):
         class_R = views.label(self.label).to(logits_RC)
         known_R = ~class_R.isnan()
         target_R = torch.where(known_R, class_R, 0.0).long()
-        if not bool(((target_R >= 0) & (target_R < logits_RC.shape[1])).all()):
-            raise ValueError(f"objective joint: {self.label} must be between 0 and {logits_RC.shape[1] - 1}, got others.")
+        whole_R = (target_R == class_R) | ~known_R
+        if not bool((whole_R & (target_R >= 0) & (target_R < logits_RC.shape[1])).all()):
+            raise ValueError(
+                f"objective joint: {self.label} must be whole numbers between 0 and {logits_RC.shape[1] - 1}, got others."
+            )
         errors_R = torch.nn.functional.cross_entropy(logits_RC, target_R, reduction="none")
         supervised = torch.where(known_R, errors_R, 0.0).sum() / known_R.sum().clamp_min(1)
         return self.weak.loss(views) + self.supervised_weight * supervised

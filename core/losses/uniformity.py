@@ -61,7 +61,7 @@ class AlignmentUniformity(Objective):
 
     def uniformity(self, views: EmbeddedViews) -> Tensor:
         """Logarithm of the mean potential of rows of one view, weighted by how unlike they are."""
-        unlike_RR = (self.kernel.peak - views.pair_weights(self.kernel)).fill_diagonal_(0.0) * _same_view(views)
+        unlike_RR = (self.kernel.peak - views.pair_weights(self.kernel)).clamp_min_(0.0).fill_diagonal_(0.0) * _same_view(views)
         if not bool((unlike_RR > 0).any()):
             return views.zero()
         # ||z_i - z_j||^2 = 2 - 2 s_ij
@@ -94,6 +94,11 @@ class DecoupledUniformity(Objective):
 
     def __post_init__(self) -> None:
         check_positive("objective decoupled_uniformity", scale=self.scale, regularisation=self.regularisation)
+        if self.kernel is not None and self.kernel.shape in ("epanechnikov", "cosine"):
+            raise ValueError(
+                "objective decoupled_uniformity: the kernel must be positive definite, such as rbf, cauchy or linear, "
+                f"got {self.kernel.shape!r}."
+            )
 
     @property
     def labels(self) -> tuple[str, ...]:

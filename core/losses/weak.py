@@ -138,6 +138,8 @@ class Threshold(_Weighted):
             factor_RR = (nearer_RR / (len(nearer_RR) if self.released == "mean" else 1.0)).fill_diagonal_(0.0)
             logits_RR = views.any_similarity / self.temperature + factor_RR.log().clamp_min(-LOWEST)
             loss_R = weighted_cross_entropy(views, self.temperature, weights_RR, torch.logsumexp(logits_RR, dim=1))
+            # An anchor that nothing repels, where the authors' code is infinite or NaN, has no term.
+            loss_R = torch.where(factor_RR.sum(dim=1) > 0, loss_R, 0.0)
             return loss_R.mean() * (self.temperature / RELEASED_TEMPERATURE)
         # The anchor itself comes last in its row, where nothing is compared with it.
         sorted_RR, order_RR = weights_RR.clone().fill_diagonal_(torch.inf).sort(dim=1)
