@@ -10,7 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from core.losses.embedded import EmbeddedViews, Objective, log_add_exp, log_sum_exp, margin_loss, weighted_cross_entropy
+from core.losses.embedded import (
+    EmbeddedViews,
+    Objective,
+    draw_and_repel,
+    log_add_exp,
+    log_sum_exp,
+    margin_loss,
+    weighted_cross_entropy,
+)
 from core.losses.kernels import check_positive
 
 RELEASED_TEMPERATURE = 0.07  # released code of the SupCon family multiplies its losses by temperature / 0.07
@@ -167,11 +175,11 @@ class SupCon(_OverClasses):
         if self.margin:
             # Not 1 - (1 - e^-margin) P, which would keep little of e^-margin in float32.
             factor_RR = (1.0 - positives_RR).add_(positives_RR, alpha=math.exp(-self.margin)).fill_diagonal_(0.0)
-        log_partition_R = log_sum_exp(views, 1.0 / self.temperature, factor_RR, shift=self.shift)
+        drawn_R, log_partition_R = draw_and_repel(views, positives_RR, 1.0 / self.temperature, factor_RR, shift=self.shift)
         if self.released:
             guard = log_partition_R.new_tensor(math.log(RELEASED_GUARD))
             log_partition_R = log_add_exp(guard, log_partition_R) + self.shift / self.temperature
-        loss_R = weighted_cross_entropy(views, self.temperature, positives_RR, log_partition_R)
+        loss_R = weighted_cross_entropy(positives_RR, drawn_R, log_partition_R, self.temperature)
         return self.scaled((loss_R if self.anchors == "all" else loss_R[: views.num_scans]).mean())
 
 

@@ -120,8 +120,15 @@ class EmbeddedViews:
 
     def pair_weights(self, kernel: Kernel) -> Tensor:
         """Pair weights of a label kernel; two views of one scan weigh its peak, labelled or not, a row is no pair of itself."""
-        weights_RR = kernel.weights(self.labels(kernel.labels)).to(self.z_VND.dtype)
-        return self.fill_own_(weights_RR, kernel.peak).fill_diagonal_(0.0)
+        return self.fill_own_(self.kernel_weights(kernel), kernel.peak).fill_diagonal_(0.0)
+
+    def kernel_weights(self, kernel: Kernel) -> Tensor:
+        """Weights of a label kernel between rows, (R, R), as the labels alone have it."""
+        if all(self.metadata[name].ndim == 1 for name in kernel.labels if name in self.metadata):
+            # The views of a scan share its labels: the weights of scans, tiled.
+            labels = {name: values[: self.num_scans] for name, values in self.labels(kernel.labels).items()}
+            return kernel.weights(labels).to(self.z_VND.dtype).repeat(self.num_views, self.num_views)
+        return kernel.weights(self.labels(kernel.labels)).to(self.z_VND.dtype)
 
     def zero(self) -> Tensor:
         """0, with a gradient of zeros, unless an embedding is not a number."""
@@ -155,12 +162,6 @@ class Objective(ABC):
         return ()
 
 
-def pair_sum(views: EmbeddedViews, weights_RR: Tensor) -> Tensor:
-    """Sum_j w_ij s_ij of every anchor, (R,); the weights are symmetric constants."""
-    sum_R: Tensor = _PairSum.apply(views.similarity, weights_RR)  # type: ignore[no-untyped-call]
-    return sum_R
-
-
 def log_sum_exp(
     views: EmbeddedViews,
     exponent: float | Tensor,
@@ -178,17 +179,31 @@ def log_sum_exp(
         shift: subtracted from the similarities.
         largest: bound of c (s - shift) in absolute value; without: c.
     """
+    return draw_and_repel(views, None, exponent, factor_RR, shift=shift, largest=largest)[1]
+
+
+def draw_and_repel(
+    views: EmbeddedViews,
+    weights_RR: Tensor | None,
+    exponent: float | Tensor,
+    factor_RR: Tensor | None = None,
+    *,
+    shift: float = 0.0,
+    largest: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum_j w_ij s_ij of every anchor, (R,), and `log_sum_exp`, in one go; the weights are symmetric constants."""
     bound = exponent if largest is None else largest
     assert isinstance(bound, float)
     if bound <= SAFE_EXPONENT:
-        sum_R: Tensor = _ExpSum.apply(views.similarity, exponent, factor_RR, shift)  # type: ignore[no-untyped-call]
+        drawn_R, sum_R = _DrawAndRepel.apply(views.similarity, weights_RR, exponent, factor_RR, shift)  # type: ignore[no-untyped-call]
         nothing_R = sum_R == 0
         lowest = math.log(torch.finfo(sum_R.dtype).tiny)
-        return torch.where(nothing_R, lowest, torch.where(nothing_R, 1.0, sum_R).log())
+        return drawn_R, torch.where(nothing_R, lowest, torch.where(nothing_R, 1.0, sum_R).log())
     logits_RR = (views.any_similarity - shift) * exponent
     if factor_RR is None:
         factor_RR = torch.ones_like(logits_RR, requires_grad=False).fill_diagonal_(0.0)
-    return torch.logsumexp(logits_RR + factor_RR.log().clamp_min(-LOWEST), dim=1)
+    drawn_R = torch.zeros_like(logits_RR[0]) if weights_RR is None else (views.any_similarity * weights_RR).sum(dim=1)
+    return drawn_R, torch.logsumexp(logits_RR + factor_RR.log().clamp_min(-LOWEST), dim=1)
 
 
 def log_add_exp(one: Tensor, other: Tensor) -> Tensor:
@@ -196,11 +211,11 @@ def log_add_exp(one: Tensor, other: Tensor) -> Tensor:
     return one - torch.nn.functional.logsigmoid(one - other)
 
 
-def weighted_cross_entropy(views: EmbeddedViews, temperature: float, weights_RR: Tensor, log_partition_R: Tensor) -> Tensor:
+def weighted_cross_entropy(weights_RR: Tensor, drawn_R: Tensor, log_partition_R: Tensor, temperature: float) -> Tensor:
     """Log-partition minus the weighted mean logit of the positives, of every anchor, (R,); 0 for an anchor without any."""
     size_R = weights_RR.sum(dim=1)
-    drawn_R = pair_sum(views, weights_RR) / (temperature * torch.where(size_R > 0, size_R, 1.0))
-    return torch.where(size_R > 0, log_partition_R - drawn_R, 0.0)
+    logit_R = drawn_R / (temperature * torch.where(size_R > 0, size_R, 1.0))
+    return torch.where(size_R > 0, log_partition_R - logit_R, 0.0)
 
 
 def margin_loss(views: EmbeddedViews, temperature: float, positives_RR: Tensor, margin: float, guard: float = 0.0) -> Tensor:
@@ -273,45 +288,51 @@ def _differentiable(formula: Callable[[Tensor], Any], similarity_RR: Tensor, gra
     return gradient_RR
 
 
-class _PairSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, similarity_RR: Tensor, weights_RR: Tensor) -> Tensor:
-        ctx.save_for_backward(weights_RR)
-        return (similarity_RR * weights_RR).sum(dim=1)
+class _DrawAndRepel(torch.autograd.Function):
+    """sum_j w_ij s_ij, 0 without weights, and sum_j f_ij exp(c_ij (s_ij - shift))."""
 
     @staticmethod
-    def backward(ctx: Any, gradient_R: Tensor) -> tuple[Tensor, None]:
-        (weights_RR,) = ctx.saved_tensors
-        return _outer_sum(gradient_R / 2).mul_(weights_RR), None
-
-
-class _ExpSum(torch.autograd.Function):
-    """sum_j f_ij exp(c_ij (s_ij - shift))."""
-
-    @staticmethod
-    def forward(ctx: Any, similarity_RR: Tensor, exponent: float | Tensor, factor_RR: Tensor | None, shift: float) -> Tensor:
-        terms_RR = (similarity_RR - shift).mul_(exponent) if shift else similarity_RR * exponent
-        terms_RR = terms_RR.exp_()
+    def forward(
+        ctx: Any,
+        similarity_RR: Tensor,
+        weights_RR: Tensor | None,
+        exponent: float | Tensor,
+        factor_RR: Tensor | None,
+        shift: float,
+    ) -> tuple[Tensor, Tensor]:
+        terms_RR = torch.empty_like(similarity_RR) if weights_RR is None else similarity_RR * weights_RR
+        drawn_R = terms_RR.new_zeros(len(terms_RR)) if weights_RR is None else terms_RR.sum(dim=1)
+        if shift:
+            torch.sub(similarity_RR, shift, out=terms_RR).mul_(exponent)
+        else:
+            torch.mul(similarity_RR, exponent, out=terms_RR)
+        terms_RR.exp_()
         terms_RR = terms_RR.fill_diagonal_(0.0) if factor_RR is None else terms_RR.mul_(factor_RR)
-        ctx.constants = exponent, factor_RR, shift
+        ctx.constants = weights_RR, exponent, factor_RR, shift
         ctx.save_for_backward(similarity_RR, terms_RR)
-        return terms_RR.sum(dim=1)
+        return drawn_R, terms_RR.sum(dim=1)
 
     @staticmethod
-    def backward(ctx: Any, gradient_R: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, to_drawn_R: Tensor, to_sum_R: Tensor) -> tuple[Tensor, None, None, None, None]:
         similarity_RR, terms_RR = ctx.saved_tensors
-        exponent, factor_RR, shift = ctx.constants
+        weights_RR, exponent, factor_RR, shift = ctx.constants
         if torch.is_grad_enabled():
+            weights = 0.0 if weights_RR is None else weights_RR
             factors = 1.0 - torch.eye(len(terms_RR)).to(terms_RR) if factor_RR is None else factor_RR
 
-            def formula(s_RR: Tensor) -> Tensor:
-                terms_RR: Tensor = ((s_RR - shift) * exponent).exp() * factors
-                return terms_RR.sum(dim=1)
+            def formula(s_RR: Tensor) -> tuple[Tensor, Tensor]:
+                return (s_RR * weights).sum(dim=1), (((s_RR - shift) * exponent).exp() * factors).sum(dim=1)
 
-            return _differentiable(formula, similarity_RR, [gradient_R]), None, None, None
+            back_RR = _differentiable(formula, similarity_RR, [to_drawn_R, to_sum_R])
+            return back_RR, None, None, None, None
         if isinstance(exponent, float):
-            return _outer_sum(gradient_R * (exponent / 2)).mul_(terms_RR), None, None, None
-        return _outer_sum(gradient_R / 2).mul_(terms_RR).mul_(exponent), None, None, None
+            back_RR = _outer_sum(to_sum_R * (exponent / 2)).mul_(terms_RR)
+        else:
+            back_RR = _outer_sum(to_sum_R / 2).mul_(terms_RR).mul_(exponent)
+        if weights_RR is not None:
+            half_R = to_drawn_R / 2
+            back_RR.addcmul_(weights_RR, half_R[:, None]).addcmul_(weights_RR, half_R[None, :])
+        return back_RR, None, None, None, None
 
 
 class _MarginLoss(torch.autograd.Function):
@@ -366,9 +387,9 @@ class _GroupMoments(torch.autograd.Function):
     def backward(ctx: Any, first_RB: Tensor, second_RB: Tensor) -> tuple[Tensor, None, None]:
         similarity_RR, weights_RR, groups_RB = ctx.saved_tensors
 
-        def both(gradient_RB: Tensor) -> Tensor:
-            """Gradient groups^T + groups gradient^T, in one product."""
-            return torch.cat([gradient_RB, groups_RB], dim=1) @ torch.cat([groups_RB, gradient_RB], dim=1).T
+        def factors(gradient_RB: Tensor) -> tuple[Tensor, Tensor]:
+            """Of gradient groups^T + groups gradient^T, one product."""
+            return torch.cat([gradient_RB, groups_RB], dim=1), torch.cat([groups_RB, gradient_RB], dim=1).T
 
         with torch.autocast(similarity_RR.device.type, enabled=False):
             if torch.is_grad_enabled():
@@ -377,4 +398,5 @@ class _GroupMoments(torch.autograd.Function):
                     return (s_RR * weights_RR) @ groups_RB, (s_RR.square() * weights_RR) @ groups_RB
 
                 return _differentiable(formula, similarity_RR, [first_RB, second_RB]), None, None
-            return both(second_RB).mul_(similarity_RR).add_(both(first_RB / 2)).mul_(weights_RR), None, None
+            back_RR = torch.mm(*factors(second_RB)).mul_(similarity_RR)
+            return back_RR.addmm_(*factors(first_RB / 2)).mul_(weights_RR), None, None

@@ -103,7 +103,7 @@ class FairKL:
         groups_RB = torch.nn.functional.one_hot(codes_R).to(views.z_VND.dtype) * known_R[:, None]
         everyone_RR = views.fill_own_(torch.ones_like(views.similarity, requires_grad=False), 0.0)
         everyone = self._by_side(views, everyone_RR, groups_RB)
-        alike_RR = views.fill_own_(self.kernel.weights(labels).to(views.z_VND.dtype), 0.0)
+        alike_RR = views.fill_own_(views.kernel_weights(self.kernel), 0.0)
         alike = self._by_side(views, alike_RR, groups_RB)
         far = _Remote.of(self.kernel, views, labels, remote, remote_scale) if remote is not None and len(remote) else None
 

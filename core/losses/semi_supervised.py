@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from core.losses.embedded import EmbeddedViews, Objective, log_sum_exp, weighted_cross_entropy
+from core.losses.embedded import EmbeddedViews, Objective, draw_and_repel, weighted_cross_entropy
 from core.losses.kernels import check_at_least_zero, check_positive
 from core.losses.weak import YAware
 
@@ -54,8 +54,9 @@ class DecoupledConditional(Objective):
         weights_RR = views.fill_own_(weights_RR, 1.0).fill_diagonal_(0.0)
         negatives_RR = (weights_RR == 0).to(weights_RR).fill_diagonal_(0.0)
         repelled_R = negatives_RR.sum(dim=1) > 0
-        log_negatives_R = torch.where(repelled_R, log_sum_exp(views, 1.0 / self.temperature, negatives_RR), 0.0)
-        return weighted_cross_entropy(views, self.temperature, weights_RR, log_negatives_R).mean()
+        drawn_R, log_negatives_R = draw_and_repel(views, weights_RR, 1.0 / self.temperature, negatives_RR)
+        log_negatives_R = torch.where(repelled_R, log_negatives_R, 0.0)
+        return weighted_cross_entropy(weights_RR, drawn_R, log_negatives_R, self.temperature).mean()
 
 
 @dataclass(frozen=True, kw_only=True)

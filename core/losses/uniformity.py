@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from core.losses.embedded import EmbeddedViews, Objective, log_sum_exp, pair_sum
+from core.losses.embedded import EmbeddedViews, Objective, log_sum_exp
 from core.losses.kernels import Kernel, check_at_least_zero, check_positive
 
 
@@ -57,7 +57,7 @@ class AlignmentUniformity(Objective):
         weights_RR = views.pair_weights(self.kernel) * ~_same_view(views)
         squares_R = views.rows.square().sum(dim=1)
         size_R = weights_RR.sum(dim=1)
-        return 2.0 * (squares_R * size_R - pair_sum(views, weights_RR)).sum() / size_R.sum()
+        return 2.0 * (squares_R * size_R - (views.any_similarity * weights_RR).sum(dim=1)).sum() / size_R.sum()
 
     def uniformity(self, views: EmbeddedViews) -> Tensor:
         """Logarithm of the mean potential of rows of one view, weighted by how unlike they are."""

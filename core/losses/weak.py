@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from core.losses.contrastive import RELEASED_TEMPERATURE
-from core.losses.embedded import LOWEST, EmbeddedViews, Objective, log_sum_exp, pair_sum, weighted_cross_entropy
+from core.losses.embedded import LOWEST, EmbeddedViews, Objective, draw_and_repel, weighted_cross_entropy
 from core.losses.kernels import Kernel, check_positive
 
 
@@ -63,14 +63,14 @@ class YAware(_Weighted):
     def loss(self, views: EmbeddedViews) -> Tensor:
         """Of any number of views."""
         weights_RR = views.pair_weights(self.kernel)
-        log_partition_R = log_sum_exp(views, 1.0 / self.temperature)
+        drawn_R, log_partition_R = draw_and_repel(views, weights_RR, 1.0 / self.temperature)
         if self.released == "miccai2021":
             size_R = weights_RR.sum(dim=1)
             inverse_R = torch.where(size_R > 0, 1.0 / size_R, 0.0)
             # sum_ik w_ik / c_k (log_partition_i - l_ik), with c_k the sum of column k
-            drawn_R = inverse_R * pair_sum(views, weights_RR) / self.temperature
-            return 2.0 * (log_partition_R * (weights_RR @ inverse_R) - drawn_R).mean()
-        loss = weighted_cross_entropy(views, self.temperature, weights_RR, log_partition_R).mean()
+            logit_R = inverse_R * drawn_R / self.temperature
+            return 2.0 * (log_partition_R * (weights_RR @ inverse_R) - logit_R).mean()
+        loss = weighted_cross_entropy(weights_RR, drawn_R, log_partition_R, self.temperature).mean()
         return loss * (self.temperature / RELEASED_TEMPERATURE) if self.released else loss
 
 
@@ -100,8 +100,9 @@ class Exp(_Weighted):
         shift = 1.0 if self.shifted else 0.0
         repulsion_RR = torch.sub(1.0 / self.temperature, weights_RR, alpha=1.0 / self.temperature)
         largest = max(1.0, self.kernel.peak) * (1.0 + shift) / self.temperature
-        log_partition_R = log_sum_exp(views, repulsion_RR, shift=shift, largest=largest)
-        loss = weighted_cross_entropy(views, self.temperature, weights_RR, log_partition_R + shift / self.temperature).mean()
+        drawn_R, log_partition_R = draw_and_repel(views, weights_RR, repulsion_RR, shift=shift, largest=largest)
+        log_partition_R = log_partition_R + shift / self.temperature
+        loss = weighted_cross_entropy(weights_RR, drawn_R, log_partition_R, self.temperature).mean()
         return loss * (self.temperature / RELEASED_TEMPERATURE) if self.released else loss
 
 
@@ -137,7 +138,8 @@ class Threshold(_Weighted):
             nearer_RR = torch.searchsorted(sorted_RR, with_itself_RR).to(weights_RR).T
             factor_RR = (nearer_RR / (len(nearer_RR) if self.released == "mean" else 1.0)).fill_diagonal_(0.0)
             logits_RR = views.any_similarity / self.temperature + factor_RR.log().clamp_min(-LOWEST)
-            loss_R = weighted_cross_entropy(views, self.temperature, weights_RR, torch.logsumexp(logits_RR, dim=1))
+            drawn_R = (views.any_similarity * weights_RR).sum(dim=1)
+            loss_R = weighted_cross_entropy(weights_RR, drawn_R, torch.logsumexp(logits_RR, dim=1), self.temperature)
             # An anchor that nothing repels, where the authors' code is infinite or NaN, has no term.
             loss_R = torch.where(factor_RR.sum(dim=1) > 0, loss_R, 0.0)
             return loss_R.mean() * (self.temperature / RELEASED_TEMPERATURE)
