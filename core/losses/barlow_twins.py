@@ -38,15 +38,18 @@ class BarlowTwins(Objective):
         """Of two views."""
         if views.num_views != 2:
             raise ValueError(f"objective barlow_twins: there must be two views, got {views.num_views}.")
-        one_ND, two_ND = (standardised(view_ND, self.variance_epsilon) for view_ND in views.z_VND)
+        one_ND, two_ND = (standardised(view_ND, self.variance_epsilon) for view_ND in views.views)
         correlation_DD = one_ND.T @ two_ND / views.num_scans
-        squares_D = correlation_DD.diagonal().square()
-        off_diagonal = correlation_DD.square().sum() - squares_D.sum()
-        return (1.0 - correlation_DD.diagonal()).square().sum() + self.redundancy_weight * off_diagonal
+        with torch.no_grad():
+            identity_DD = torch.eye(len(correlation_DD), dtype=correlation_DD.dtype, device=correlation_DD.device)
+            weights_DD = torch.full_like(correlation_DD, self.redundancy_weight).fill_diagonal_(1.0)
+        return (weights_DD * (correlation_DD - identity_DD).square()).sum()
 
 
 def standardised(values_ND: Tensor, variance_epsilon: float) -> Tensor:
     """Features of mean 0 and variance 1 over the batch; 0, with a gradient of 0, where a feature does not vary."""
+    if variance_epsilon:
+        return torch.batch_norm(values_ND, None, None, None, None, True, 0.0, variance_epsilon, False)
     centred_ND = values_ND - values_ND.mean(dim=0)
     variance_D = centred_ND.square().mean(dim=0) + variance_epsilon
     alive_D = variance_D > 0

@@ -48,9 +48,13 @@ class EmbeddedViews:
                 f"got {[tuple(v.shape) for v in views]}."
             )
         self.num_views, self.num_scans = len(views), len(views[0])
-        stacked_VND = torch.stack(list(views))
-        self.z_VND = stacked_VND if stacked_VND.dtype in (torch.float32, torch.float64) else stacked_VND.float()
+        self.views = [view if view.dtype in (torch.float32, torch.float64) else view.float() for view in views]
         self.metadata = dict(metadata or {})
+
+    @cached_property
+    def z_VND(self) -> Tensor:  # noqa: N802
+        """The views as they are, stacked."""
+        return torch.stack(self.views)
 
     @cached_property
     def rows(self) -> Tensor:
@@ -149,7 +153,7 @@ class Objective(ABC):
 
     def of(self, views: EmbeddedViews) -> Tensor:
         """The loss, a scalar, of any number of views; losses of one step share what they compute of them."""
-        with torch.autocast(views.z_VND.device.type, enabled=False):
+        with torch.autocast(views.views[0].device.type, enabled=False):
             return self.loss(views)
 
     @abstractmethod

@@ -5,6 +5,7 @@ Shape legend: V views, N scans, R = V N rows (all first views, then all second v
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,11 +113,8 @@ class DecoupledUniformity(Objective):
         centroids_ND = views.by_view(views.rows).mean(dim=0)
         if self.kernel is not None:
             centroids_ND = self.prior(views, self.kernel).to(centroids_ND) @ centroids_ND
-        squares_N = centroids_ND.square().sum(dim=1)
-        distances_NN = squares_N[:, None] + squares_N[None, :] - 2.0 * centroids_ND @ centroids_ND.T
-        first, second = torch.triu_indices(views.num_scans, views.num_scans, offset=1, device=centroids_ND.device)
-        exponents = -self.scale * distances_NN[first, second].clamp_min(0.0)
-        return torch.logsumexp(exponents, dim=0) - math.log(len(exponents))
+        log_sum: Tensor = _LogPotential.apply(centroids_ND, self.scale)  # type: ignore[no-untyped-call]
+        return log_sum - math.log(views.num_scans * (views.num_scans - 1))
 
     def prior(self, views: EmbeddedViews, kernel: Kernel) -> Tensor:
         """(K + regularisation I)^-1 K, a constant, by Cholesky decomposition in float64; labels of the first view."""
@@ -124,3 +122,36 @@ class DecoupledUniformity(Objective):
         kernel_NN = kernel.weights(labels).double().fill_diagonal_(kernel.peak)
         identity_NN = torch.eye(len(kernel_NN), dtype=torch.float64, device=kernel_NN.device)
         return torch.cholesky_solve(kernel_NN, torch.linalg.cholesky(kernel_NN + self.regularisation * identity_NN))
+
+
+class _LogPotential(torch.autograd.Function):
+    """log sum_{i != j} e^{-scale ||c_i - c_j||^2}."""
+
+    @staticmethod
+    def forward(ctx: Any, centroids_ND: Tensor, scale: float) -> Tensor:
+        terms_NN = _log_potentials(centroids_ND, scale)
+        largest = terms_NN.amax()
+        terms_NN.sub_(largest).exp_()
+        sums_N = terms_NN.sum(dim=1)
+        ctx.scale = scale
+        ctx.save_for_backward(centroids_ND, terms_NN, sums_N)
+        return sums_N.sum().log() + largest
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        centroids_ND, terms_NN, sums_N = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            value = torch.logsumexp(_log_potentials(centroids_ND, ctx.scale).flatten(), dim=0)
+            (back_ND,) = torch.autograd.grad(value, centroids_ND, gradient, create_graph=True)
+            return back_ND, None
+        # sum_j p_ij (c_j - c_i), p the shares of the sum, from either end of a pair
+        with torch.autocast(centroids_ND.device.type, enabled=False):
+            drawn_ND = (terms_NN @ centroids_ND).addcmul_(sums_N[:, None], centroids_ND, value=-1.0)
+        return drawn_ND.mul_(4.0 * ctx.scale * gradient / sums_N.sum()), None
+
+
+def _log_potentials(centroids_ND: Tensor, scale: float) -> Tensor:
+    """-scale ||c_i - c_j||^2, without the diagonal."""
+    squares_N = scale * centroids_ND.square().sum(dim=1)
+    exponents_NN = (2.0 * scale * centroids_ND) @ centroids_ND.T
+    return exponents_NN.sub_(squares_N[:, None]).sub_(squares_N[None, :]).fill_diagonal_(-torch.inf)
