@@ -44,7 +44,7 @@ def execute(script: str, folder: Path, **variables: str) -> str:
 def test_every_block_of_commands_says_where_it_is_run() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count("```bash") == len(BLOCKS)
-    assert {place for place, _ in BLOCKS} == {"ci", "tour", "wrapped", "flower", "loopback"}
+    assert {place for place, _ in BLOCKS} == {"ci", "tour", "wrapped", "flower", "loopback", "measured"}
 
 
 def test_ci_runs_the_two_commands() -> None:
@@ -52,6 +52,39 @@ def test_ci_runs_the_two_commands() -> None:
     for command in block("ci").split("\n"):
         target = command.removeprefix("make ").strip()
         assert not target or re.search(rf"\b{target}\b", ci), f".ci/run must run {command}"
+
+
+def test_the_lines_of_python_run() -> None:
+    [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    code = compile(lines, "README.md", "exec")
+    exec(code, names)
+    z1, loss = names["z1"], names["loss"]
+    assert isinstance(z1, torch.Tensor)
+    assert isinstance(loss, torch.Tensor)
+    assert loss.isfinite()
+    assert z1.grad is not None
+    assert z1.grad.isfinite().all()
+
+
+MEASURED = {
+    "simulations.speed": ("--sizes 16 --repeats 1 --seconds 0", ()),
+    "simulations.coloured_digits": (
+        "--seeds 1 --correlations .95 --epochs 2 --workers 1",
+        ("coloured_digits.png", "coloured_digits.json"),
+    ),
+    "simulations.age_maps": ("experiment=tiny data=phantom data.root=small", ("age_maps.png", "age_maps.json")),
+}
+
+
+@pytest.mark.slow
+def test_measurements_run_when_shortened(tmp_path: Path) -> None:
+    execute("isocenter phantom small --scale 0.2", tmp_path)
+    commands = block("measured").strip().splitlines()
+    assert [command.split()[2] for command in commands] == list(MEASURED)
+    for command, (shorter, files) in zip(commands, MEASURED.values(), strict=True):
+        execute(f"{command} {shorter}", tmp_path)
+        assert all(list((tmp_path / "runs").rglob(name)) for name in files)
 
 
 @pytest.mark.slow
