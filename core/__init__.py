@@ -4,7 +4,7 @@ config      RunConfig and load_config: what a run is
 seeding     where every random number comes from
 data        what a site holds: manifest, bids, volumes, site, views, sampling
 models      encoders, projector, classifier
-losses      objectives on two views, and FairKL
+losses      objectives, label kernels, FairKL; usable on their own
 moments     what sites exchange to compute FairKL across sites
 erasure     site and scanner erased behind the encoder, from group means
 training    the one local loop, and pretraining

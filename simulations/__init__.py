@@ -1,1 +1,11 @@
-"""One machine's tools: cohort (phantom hospitals), launch (`flwr run`, truthfully), loopback and in_process federations, cli."""
+"""One machine's tools, and what is measured with them.
+
+cohort           phantom hospitals
+launch           `flwr run`, truthfully
+loopback         a deployment on one machine
+in_process       a federation inside one process
+cli              isocenter run, compare, phantom
+speed            our losses beside what one would write or install
+coloured_digits  FairKL where colour gives digits away
+age_maps         representations by age, objective by objective
+"""
