@@ -18,10 +18,11 @@ def test_every_choice_of_every_group_composes() -> None:
     def choices(group: str) -> list[str]:
         return [f"{group}={path.stem}" for path in (CONFIGS / group).glob("*.yaml")]
 
-    assert all(choices(group) for group in ("objective", "debias", "sampling"))
-    for overrides in product(choices("objective"), choices("debias"), choices("sampling")):
+    assert choices("objective")
+    assert choices("debias")
+    for overrides in product(choices("objective"), choices("debias")):
         load_config(list(overrides))
-    for group in ("encoder", "views", "strategy", "privacy", "finetune"):
+    for group in ("sampling", "encoder", "views", "strategy", "privacy", "finetune"):
         assert choices(group)
         for override in choices(group):
             load_config(override)
