@@ -89,12 +89,13 @@ def pretraining_losses(
     num_subjects = len({scan.subject for scan in data.scans})
     weight = config.debias.weight_in_round(round_number)
     for batch in batches:
-        chosen = (batch.first, batch.second)
-        first_N1XYZ = data.volumes(batch.first, device)
-        second_N1XYZ = first_N1XYZ if batch.second == batch.first else data.volumes(batch.second, device)
-        drawn = [draw(config.views, len(batch), config.data.shape, view_generator) for _ in chosen]
+        first_N1XYZ, second_N1XYZ = (data.volumes(batch.first, device),) * 2
+        metadata = {name: label[batch.first].to(device) for name, label in labels.items()}
+        if batch.second != batch.first:
+            second_N1XYZ = data.volumes(batch.second, device)
+            metadata = {name: torch.stack([value, labels[name][batch.second].to(device)]) for name, value in metadata.items()}
+        drawn = [draw(config.views, len(batch), config.data.shape, view_generator) for _ in range(2)]
         h_RF, z_RD = model(torch.cat([apply(first_N1XYZ, drawn[0]), apply(second_N1XYZ, drawn[1])]))
-        metadata = {name: torch.stack([label[indices] for indices in chosen]).to(device) for name, label in labels.items()}
         if model.classifier is not None:
             metadata["logits"] = torch.stack(model.classifier(h_RF).chunk(2))
         embedded = EmbeddedViews(z_RD.chunk(2), metadata)

@@ -63,7 +63,7 @@ PALETTE = 0.8 * torch.tensor(
 )
 NUM_TEST, NUM_VALIDATION = 357, 340
 TEST_SEED = 12345
-FEATURES = 64
+FEATURES, EMBEDDING_SIZE = 64, 32
 BATCH_SIZE = 275  # a quarter of the training images
 LEARNING_RATE, WEIGHT_DECAY, LARGEST_GRADIENT = 3e-3, 1e-4, 1.0
 WEIGHTS = (10.0, 30.0, 100.0)
@@ -191,13 +191,18 @@ class Classifier(nn.Module):
         return logits
 
 
-def fit(method: Method, setting: Setting, train: ColouredDigits, seed: int) -> Classifier:
-    """Train an encoder with a method in a setting, and a linear classifier behind it, on the same images."""
+def fit(method: Method, setting: Setting, train: ColouredDigits, seed: int, *, with_head: bool = False) -> Classifier:
+    """Train an encoder with a method in a setting, and a linear classifier behind it, on the same images.
+
+    With a head, the embedding z of a contrastive objective is a linear map of h, which is thrown away afterwards.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.seed(seed, "initialisation"))
         classifier = Classifier(unit_length=method.objective is not None)
+        head = nn.Linear(FEATURES, EMBEDDING_SIZE) if with_head else nn.Identity()
+    parameters = [*classifier.parameters(), *head.parameters()]
     order = seeding.generator(seed, "batches")
-    optimiser = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    optimiser = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     num_batches = math.ceil(len(train.digit) / BATCH_SIZE)
     num_steps = setting.num_epochs * num_batches
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=num_steps, pct_start=0.1)
@@ -207,13 +212,13 @@ def fit(method: Method, setting: Setting, train: ColouredDigits, seed: int) -> C
             if method.objective is None:
                 loss = cross_entropy(classifier(images), digit)
             else:
-                views = EmbeddedViews((classifier.encoder(images),), {"digit": digit, "colour": colour})
+                views = EmbeddedViews((head(classifier.encoder(images)),), {"digit": digit, "colour": colour})
                 loss = method.objective.of(views)
                 if method.debias is not None:
                     loss = loss + setting.weight * method.debias.of(views)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(classifier.parameters(), LARGEST_GRADIENT)
+            nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
             optimiser.step()
             schedule.step()
     if method.objective is not None:
@@ -264,6 +269,7 @@ class Trial:
     setting: Setting
     correlation: float
     seed: int
+    with_head: bool = False
 
 
 State = dict[str, npt.NDArray[np.float32]]
@@ -273,7 +279,7 @@ def run_trial(trial: Trial) -> State:
     """The parameters of the trial's classifier; on one thread, so that they are the same however many trials run at once."""
     torch.set_num_threads(1)
     train, _ = biased_images(trial.correlation, trial.seed)
-    classifier = fit(METHODS[trial.method], trial.setting, train, trial.seed)
+    classifier = fit(METHODS[trial.method], trial.setting, train, trial.seed, with_head=trial.with_head)
     return {name: values.numpy() for name, values in classifier.state_dict().items()}
 
 
@@ -435,6 +441,9 @@ def main(
     epochs: Annotated[
         str, typer.Option(help="Lengths of training to try, in passes over the 1,100 training images, separated by commas.")
     ] = "20,60",
+    with_head: Annotated[
+        bool, typer.Option("--with-head", help="Embed h by a linear head, as in SimCLR, instead of taking h as the embedding.")
+    ] = False,
 ) -> None:
     """Learn digits whose colour gives them away, then test where it does not: does debiasing find the shape?
 
@@ -448,7 +457,7 @@ def main(
     started = time.monotonic()
     chosen, lengths = parse(correlations, float, 0.0, 1.0), parse(epochs, int, 1, 10_000)
     trials = [
-        Trial(name, setting, correlation, seed)
+        Trial(name, setting, correlation, seed, with_head)
         for correlation in chosen
         for name, method in METHODS.items()
         for setting in method.settings(lengths)
@@ -459,7 +468,7 @@ def main(
         results = evaluate(trials, tracked)
     Console(width=max(100, 42 + 28 * len(chosen))).print(tabulate(results, seeds))
     write_atomically(output / "coloured_digits.png", draw(results))
-    content = {"seeds": seeds, "results": [result.to_json() for result in results]}
+    content = {"seeds": seeds, "with_head": with_head, "results": [result.to_json() for result in results]}
     write_atomically(output / "coloured_digits.json", (json.dumps(content, indent=1) + "\n").encode())
     typer.echo(f"{len(trials)} trainings in {time.monotonic() - started:.0f} s")
     typer.echo(f"figure: {output / 'coloured_digits.png'}")

@@ -112,7 +112,7 @@ def test_few_conflicting_images_weigh_half() -> None:
 
 def test_the_setting_is_chosen_on_validation_images_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(inspect.signature(choose_setting).parameters) == ["fitted", "validation"]
-    assert list(inspect.signature(fit).parameters) == ["method", "setting", "train", "seed"]
+    assert list(inspect.signature(fit).parameters) == ["method", "setting", "train", "seed", "with_head"]
     monkeypatch.setattr(coloured_digits, "unbiased_images", lambda: pytest.fail("looked at the test"))
     images = blank(digit=[1, 2], colour=[1, 3])
     by_colour, by_shape, also_by_shape = Answers([1, 3]), Answers([1, 2]), Answers([1, 2])
@@ -154,6 +154,17 @@ def test_all_learn_digits_when_colour_is_no_help() -> None:
     train, validation = biased_images(0.1, seed=0)
     classifier = fit(METHODS["cross-entropy"], Setting(0.0, 15), train, seed=0)
     assert balanced_accuracy([classifier], [validation]) > 0.8
+
+
+def test_a_head_changes_what_the_loss_sees_and_is_thrown_away() -> None:
+    train, _ = biased_images(0.9, seed=0)
+    method, setting = METHODS["eps-SupInfoNCE"], Setting(0.0, 1)
+    plain, headed = (fit(method, setting, train, seed=0, with_head=with_head) for with_head in (False, True))
+    assert list(plain.state_dict()) == list(headed.state_dict())
+    assert not torch.equal(plain.encoder[0].weight, headed.encoder[0].weight)
+    # Cross-entropy has its own classifier and no embedding.
+    plain, headed = (fit(METHODS["cross-entropy"], setting, train, seed=0, with_head=w) for w in (False, True))
+    assert torch.equal(plain.encoder[0].weight, headed.encoder[0].weight)
 
 
 def test_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,11 +135,6 @@ class _OverClasses(Objective):
         positives_RR = (class_R[:, None] == class_R[None, :]).to(views.z_VND.dtype)
         return views.fill_own_(positives_RR, 1.0).fill_diagonal_(0.0)
 
-    @property
-    def shift(self) -> float:
-        """Similarity that released code subtracts: the largest, which is that of a row to itself."""
-        return 1.0 if self.released else 0.0
-
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss in the scale that is asked for."""
         return loss * (self.temperature / RELEASED_TEMPERATURE) if self.released else loss
@@ -175,10 +170,11 @@ class SupCon(_OverClasses):
         if self.margin:
             # Not 1 - (1 - e^-margin) P, which would keep little of e^-margin in float32.
             factor_RR = (1.0 - positives_RR).add_(positives_RR, alpha=math.exp(-self.margin)).fill_diagonal_(0.0)
-        drawn_R, log_partition_R = draw_and_repel(views, positives_RR, 1.0 / self.temperature, factor_RR, shift=self.shift)
+        shift = 1.0 if self.released else 0.0  # released code subtracts the largest similarity, that of a row to itself
+        drawn_R, log_partition_R = draw_and_repel(views, positives_RR, 1.0 / self.temperature, factor_RR, shift=shift)
         if self.released:
             guard = log_partition_R.new_tensor(math.log(RELEASED_GUARD))
-            log_partition_R = log_add_exp(guard, log_partition_R) + self.shift / self.temperature
+            log_partition_R = log_add_exp(guard, log_partition_R) + shift / self.temperature
         loss_R = weighted_cross_entropy(positives_RR, drawn_R, log_partition_R, self.temperature)
         return self.scaled((loss_R if self.anchors == "all" else loss_R[: views.num_scans]).mean())
 
