@@ -19,6 +19,7 @@ from core.checkpoint import load_strictly
 from core.config import ConfigError, RunConfig, load_config
 from core.data.manifest import UnusableScansError
 from core.data.site import SiteData
+from core.data.table import TableError
 from core.erasure import group_means
 from core.evaluation.embeddings import Embeddings
 from core.exchange import (
@@ -34,9 +35,10 @@ from core.exchange import (
     unpack_state,
 )
 from core.finetuning import Stage, diagnosis_codes, finetune
-from core.models import Classifier, Pretrainer, build_classifier, build_pretrainer
+from core.models import Classifier, Pretrainer, build_classifier, build_pretrainer, constants
 from core.moments import GroupMoments, feature_sums, site_moments
 from core.privacy import harden
+from core.scaling import input_sums
 from core.training import NotFiniteError, TrainResult, embed, pretrain
 
 log = logging.getLogger("isocenter")
@@ -62,7 +64,7 @@ def at_site(task: Task) -> Callable[[Message, Context], Message]:
             raise
         except NotFiniteError as error:
             raise SiteError("not_finite", str(error)) from None
-        except UnusableScansError as error:
+        except (UnusableScansError, TableError) as error:
             raise SiteError("data", str(error)) from None
         except (ConfigError, ExchangeError) as error:
             raise SiteError("exchange", str(error)) from None
@@ -89,24 +91,32 @@ def round_number(received: RecordDict) -> int:
     return cast(int, received.config_records["config"]["round"])
 
 
-def received_model(received: RecordDict, config: RunConfig, site: Site) -> Pretrainer:
+def received_model(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> Pretrainer:
     """The run's encoder and projector with the weights received."""
-    model = build_pretrainer(config.encoder, config.embedding_size, config.seed, num_classes=config.num_classes)
+    model = build_pretrainer(
+        config.encoder,
+        config.embedding_size,
+        config.seed,
+        num_classes=config.num_classes,
+        num_inputs=held.store.num_inputs,
+    )
     load_strictly(model, unpack_state(received))
     return model.to(site.device)
 
 
-def received_classifier(received: RecordDict, config: RunConfig, site: Site) -> Classifier:
+def received_classifier(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> Classifier:
     """The run's classifier with the weights received."""
-    model = build_classifier(config.encoder, 2, config.seed)
+    model = build_classifier(config.encoder, 2, config.seed, num_inputs=held.store.num_inputs)
     load_strictly(model, unpack_state(received))
     return model.to(site.device)
 
 
 def trained(result: TrainResult, received: RecordDict, config: RunConfig) -> RecordDict:
     """The answer to a training task."""
+    before = unpack_state(received)
     after = {name: value.detach().cpu() for name, value in result.state.items()}
-    arrays, layout = pack(harden(after, unpack_state(received), config.privacy))
+    # What no one trains tells nothing of the site, and noise would spoil it.
+    arrays, layout = pack(harden(after, before, config.privacy) | constants(before))
     metrics = MetricRecord({"num-examples": result.num_scans, **result.metrics})
     return content(arrays=arrays, metrics=metrics, config=ConfigRecord({"layout": layout}))
 
@@ -126,6 +136,8 @@ def describe(message: Message, context: Context) -> Message:
                     "scanners": held.num_scanners,
                     "healthy-train-subjects": len({scan.subject for scan in healthy(train).scans}),
                     "classes-in-train": len({scan.diagnosis for scan in labelled(train).scans}),
+                    "num-inputs": held.store.num_inputs,
+                    "inputs": held.store.signature,
                     "problems": [f"{kind}={count}" for kind, count in sorted(held.problem_counts.items())],
                     "device": site.device.type,
                     "share-per-scan": site.share_per_scan,
@@ -141,7 +153,7 @@ def train_pretrain(message: Message, context: Context) -> Message:
     """A round of contrastive pretraining on the site's healthy training scans."""
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        model = received_model(received, config, site)
+        model = received_model(received, config, site, held)
         widths = {"h": model.encoder.num_features, "z": config.embedding_size}
         told = received.array_records
         result = pretrain(
@@ -166,10 +178,22 @@ def train_pretrain(message: Message, context: Context) -> Message:
     return at_site(task)(message, context)
 
 
+@app.query("inputs")
+def query_inputs(message: Message, context: Context) -> Message:
+    """Sums of the site's features as its table has them, for the standardisation, as far as the site's policy allows."""
+
+    def task(_: RecordDict, __: RunConfig, site: Site, held: Holdings) -> RecordDict:
+        data = healthy(held.splits["train"]).first_scans()
+        rows_NI = data.inputs(range(len(data)), torch.device("cpu"))
+        return content(sums=ArrayRecord({"sums": Array(input_sums(rows_NI, site.moments).numpy())}))
+
+    return at_site(task)(message, context)
+
+
 def features_of_subjects(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> tuple[SiteData, torch.Tensor]:
     """The healthy training subjects, one scan each, and their features (N, D) in the space asked for."""
     data = healthy(held.splits["train"]).first_scans()
-    h_NF, z_ND = embed(received_model(received, config, site), data, site.device)
+    h_NF, z_ND = embed(received_model(received, config, site, held), data, site.device)
     return data, (h_NF if received.config_records["config"]["space"] == "h" else z_ND).double()
 
 
@@ -228,7 +252,7 @@ def train_finetune(message: Message, context: Context) -> Message:
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
         result = finetune(
-            received_classifier(received, config, site),
+            received_classifier(received, config, site, held),
             labelled(held.splits["train"]),
             config,
             stage=cast(Stage, received.config_records["config"]["stage"]),
@@ -252,7 +276,7 @@ def query_embed(message: Message, context: Context) -> Message:
 
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
         refuse_unless_shared(site)
-        model = received_model(received, config, site)
+        model = received_model(received, config, site, held)
         subjects = sorted({scan.subject for data in held.splits.values() for scan in data.scans})
         parts = []
         for split in ("train", "test"):
@@ -282,7 +306,7 @@ def query_predict(message: Message, context: Context) -> Message:
     def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
         refuse_unless_shared(site)
         data = labelled(held.splits["test"])
-        (logits_NC,) = embed(received_classifier(received, config, site), data, site.device)
+        (logits_NC,) = embed(received_classifier(received, config, site, held), data, site.device)
         subjects = sorted({scan.subject for scan in data.scans})
         scores = {
             "score": logits_NC.softmax(dim=1)[:, 1].double().numpy(),

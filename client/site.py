@@ -10,10 +10,8 @@ from pathlib import Path
 import torch
 
 from core.config import RunConfig
-from core.data.bids import list_sites, read_site
 from core.data.manifest import check_problem_share, split_by_subject
-from core.data.site import SiteData
-from core.data.volumes import VolumeSettings, open_cache
+from core.data.site import SiteData, Source, Store
 from core.exchange import SiteError
 from core.moments import MomentPolicy
 
@@ -25,8 +23,10 @@ POLICY_KEYS = {
     "covariance-subjects-per-feature": "covariance_subjects_per_feature",
     "round-counts-to": "round_counts_to",
 }
-NODE_KEYS = {"site", "data-root", "cache-root", "device", "threads", "share-per-scan", *POLICY_KEYS}
+# The key of the node config that tells each place the data may have.
+PLACE_KEYS = {"root": "data-root", "table": "data-root", "participants": "participants"}
 FLOWER_KEYS = {"partition-id", "num-partitions"}
+NODE_KEYS = {"site", *PLACE_KEYS.values(), "cache-root", "device", "threads", "share-per-scan", *POLICY_KEYS}
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Site:
 
     Attributes:
         name: name of the site.
-        data_root: folder of its BIDS data set, or of a collection that has the site in it.
-        cache_root: folder for preprocessed volumes.
+        source: where its scans are: a BIDS data set or a table, or a collection that has the site in it.
         device: where it computes.
         threads: CPU threads for it, or None to leave the default.
         moments: what it lets out about groups of scans.
@@ -44,8 +43,7 @@ class Site:
     """
 
     name: str
-    data_root: Path
-    cache_root: Path
+    source: Source
     device: torch.device
     threads: int | None
     moments: MomentPolicy
@@ -70,8 +68,9 @@ def choose_device(name: str) -> torch.device:
 def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
     """The site of this node.
 
-    A real site has ``site`` and ``data-root`` in its node config and the run's configuration changes nothing about it. A
-    virtual site of a simulation has Flower's ``partition-id`` instead: it is the so-many-th of the sites in ``data.root``.
+    A real site has ``site`` and ``data-root`` in its node config, a folder or a table (with ``participants`` where these are a
+    file of their own), and the run's configuration changes nothing about it. A virtual site of a simulation has Flower's
+    ``partition-id`` instead: it is the so-many-th of the sites in the data that the configuration names.
 
     Raises:
         SiteError: the node config is incomplete or has unknown keys.
@@ -83,11 +82,15 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
     if "data-root" in node_config or "site" in node_config:
         if not {"data-root", "site"} <= set(node_config):
             raise SiteError("node_config", "node config must hold both site and data-root, one is missing.")
+        for key in {"data-root", "participants"} & set(node_config) - {PLACE_KEYS[place] for place in config.data.PLACES}:
+            raise SiteError("node_config", f"node config must not hold {key} when the run reads {config.data.kind}.")
+        told = {place: node_config.get(PLACE_KEYS[place]) for place in config.data.PLACES}
+        places = {place: None if value is None else Path(str(value)) for place, value in told.items()}
+        cache_root = Path(str(node_config.get("cache-root", default_cache_root())))
         policy = {field: int(str(node_config[key])) for key, field in POLICY_KEYS.items() if key in node_config}
         return Site(
             name=str(node_config["site"]),
-            data_root=Path(str(node_config["data-root"])),
-            cache_root=Path(str(node_config.get("cache-root", default_cache_root()))),
+            source=config.data.source(cache_root, places),
             device=device,
             threads=int(str(node_config["threads"])) if "threads" in node_config else None,
             moments=MomentPolicy(**policy),
@@ -96,8 +99,10 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
     if not set(node_config) >= FLOWER_KEYS:
         raise SiteError("node_config", "node config must hold site and data-root, got neither; see the README.")
     if config.data.root is None:
-        raise SiteError("node_config", "a simulation must know its data: add data.root=/folder to the overrides.")
-    names = list_sites(config.data.root)
+        place = config.data.PLACES[0]
+        raise SiteError("node_config", f"a simulation must know its data: add data.{place}=... to the overrides.")
+    source = config.data.source(default_cache_root(), config.data.places)
+    names = source.sites()
     partition = int(str(node_config["partition-id"]))
     if int(str(node_config["num-partitions"])) != len(names):
         raise SiteError(
@@ -107,8 +112,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
         )
     return Site(
         name=names[partition],
-        data_root=config.data.root,
-        cache_root=default_cache_root(),
+        source=source,
         device=device,
         threads=None,
         moments=config.simulation.moment_policy(),
@@ -118,26 +122,28 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What a site holds, read and split: SiteData by split, and the counts of what could not be used."""
+    """What a site holds, read and split: SiteData by split, their inputs, and the counts of what could not be used."""
 
     splits: dict[str, SiteData]
+    store: Store
     problem_counts: dict[str, int]
     num_scans: int
     num_subjects: int
     num_scanners: int
 
 
-@lru_cache(maxsize=16)
-def _open(site_name: str, root: Path, cache_root: Path, suffix: str, settings: VolumeSettings, split_seed: int) -> Holdings:
-    cache, manifest = open_cache(read_site(root, site_name, suffix=suffix), settings, cache_root)
+@lru_cache(maxsize=64)
+def _open(site_name: str, source: Source, split_seed: int, fractions: tuple[float, float, float]) -> Holdings:
+    manifest, store = source.open(site_name)
     check_problem_share(manifest)
     position = {scan.path: index for index, scan in enumerate(manifest.scans)}
     splits = {
-        split: SiteData(site_name, part.scans, tuple(position[scan.path] for scan in part.scans), cache)
-        for split, part in split_by_subject(manifest, split_seed=split_seed).items()
+        split: SiteData(site_name, part.scans, tuple(position[scan.path] for scan in part.scans), store)
+        for split, part in split_by_subject(manifest, split_seed=split_seed, fractions=fractions).items()
     }
     return Holdings(
         splits,
+        store,
         manifest.problem_counts(),
         len(manifest.scans),
         manifest.num_subjects,
@@ -147,5 +153,4 @@ def _open(site_name: str, root: Path, cache_root: Path, suffix: str, settings: V
 
 def holdings(site: Site, config: RunConfig) -> Holdings:
     """The site's scans, cached and split by subject; read once a process."""
-    data = config.data
-    return _open(site.name, site.data_root, site.cache_root, data.suffix, data.volume_settings(), data.split_seed)
+    return _open(site.name, site.source, config.data.split_seed, config.data.fractions)

@@ -2,10 +2,11 @@
 
 config      RunConfig and load_config: what a run is
 seeding     where every random number comes from
-data        what a site holds: manifest, bids, volumes, site, views, sampling
+data        what a site holds: manifest, bids, volumes, table, site, views, sampling
 models      encoders, projector, classifier
 losses      objectives, label kernels, FairKL; usable on their own
 moments     what sites exchange to compute FairKL across sites
+scaling     mean and spread of a table's features over all sites, from sums
 erasure     site and scanner erased behind the encoder, from group means
 training    the one local loop, and pretraining
 finetuning  encoder and head on labelled scans

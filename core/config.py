@@ -1,13 +1,16 @@
 """The run's configuration: composed by Hydra from ``configs/``, closed by a typed schema before any scan is read."""
 
 import difflib
+import math
 import re
 import shlex
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -18,16 +21,21 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     InstanceOf,
     PlainSerializer,
+    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
 )
 
+from core.data.manifest import SITE_NAME
 from core.data.sampling import SamplingPolicy
-from core.data.views import ViewPolicy
+from core.data.site import ImageSource, Source
+from core.data.table import Columns, TableSource
+from core.data.views import RowViewPolicy, ViewPolicy
 from core.data.volumes import VolumeSettings
 from core.losses import OBJECTIVES, DecoupledConditional, EpsSupInfoNCE, FairKL, Joint, Kernel, Objective, SupCon
 from core.losses.fairkl import Divergence, Statistics
@@ -38,9 +46,14 @@ from core.privacy import PrivacyChoice
 CONFIGS = Path(__file__).parents[1] / "configs"
 _hydra_is_process_wide = threading.Lock()
 
-SiteName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+SiteName = Annotated[str, Field(pattern=f"^{SITE_NAME}$")]
 Positive = Annotated[float, Field(gt=0, lt=float("inf"))]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+# Keys that hold one of several kinds; pydantic puts the kind behind them: encoder.small.width is encoder.width to the user.
+UNIONS = frozenset({"data", "encoder", "views", "privacy"})
 
 
 class ConfigError(ValueError):
@@ -53,22 +66,78 @@ class Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
 
 
-class DataConfig(Closed):
-    """What the sites hold and the grid it is brought to."""
+class DataConfig(Closed, ABC):
+    """Which sites take part in what, and how each splits its subjects."""
+
+    PLACES: ClassVar[tuple[str, ...]]
+    """Keys that hold a folder or file of this machine."""
 
     name: str
+    pretrain_sites: tuple[SiteName, ...] | None
+    unseen_sites: tuple[SiteName, ...] = ()
+    target_sites: tuple[SiteName, ...] | None
+    split_seed: int
+    fractions: tuple[Share, Share, Share] = (0.6, 0.2, 0.2)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DataConfig":
+        if self.pretrain_sites is not None and self.unseen_sites:
+            raise ValueError(
+                "unseen_sites must be empty when pretrain_sites are named; name those that pretrain, or those that do not"
+            )
+        if not math.isclose(sum(self.fractions), 1.0) or self.fractions[0] == 0:
+            raise ValueError(f"fractions of train, val and test must sum to 1, train not 0, got {list(self.fractions)}")
+        return self
+
+    @abstractmethod
+    def source(self, cache_root: Path, places: Mapping[str, Path | None]) -> Source:
+        """Where scans are read from: places by key of `PLACES`, those of the configuration or a site's own."""
+
+    @property
+    def places(self) -> dict[str, Path | None]:
+        """The folders and files of this machine that the configuration names, by key."""
+        return {key: getattr(self, key) for key in self.PLACES}
+
+
+class ImageData(DataConfig):
+    """Folders of images, and the grid that they are brought to."""
+
+    PLACES = ("root",)
+
+    kind: Literal["images"] = "images"
     root: Path | None
     suffix: str
-    pretrain_sites: tuple[SiteName, ...] | None
-    target_sites: tuple[SiteName, ...] | None
     voxel_size_mm: Positive
     shape: tuple[Count, Count, Count]
     normalisation: Literal["robust", "none"]
-    split_seed: int
 
-    def volume_settings(self) -> VolumeSettings:
-        """The grid and normalisation of the volumes."""
-        return VolumeSettings(voxel_size_mm=self.voxel_size_mm, shape=self.shape, normalisation=self.normalisation)
+    def source(self, cache_root: Path, places: Mapping[str, Path | None]) -> ImageSource:
+        """BIDS folders below ``root``."""
+        settings = VolumeSettings(voxel_size_mm=self.voxel_size_mm, shape=self.shape, normalisation=self.normalisation)
+        assert places["root"] is not None
+        return ImageSource(places["root"], self.suffix, settings, cache_root)
+
+
+class TableData(DataConfig):
+    """A table of features, one row a subject."""
+
+    PLACES = ("table", "participants")
+
+    kind: Literal["table"]
+    table: Path | None
+    participants: Path | None
+    columns: Columns
+
+    @property
+    def root(self) -> Path | None:
+        """The table, by the name that an image folder has."""
+        return self.table
+
+    def source(self, cache_root: Path, places: Mapping[str, Path | None]) -> TableSource:
+        """``table``, joined with ``participants`` where there is one; nothing is cached."""
+        del cache_root
+        assert places["table"] is not None
+        return TableSource(places["table"], places["participants"], self.columns)
 
 
 class DebiasConfig(Closed):
@@ -213,6 +282,11 @@ def describe_objective(objective: Objective) -> dict[str, Any]:
     return plain
 
 
+def _kind(value: Any) -> Any:
+    """Images or a table; images where it is not said."""
+    return value.get("kind", "images") if isinstance(value, Mapping) else value.kind
+
+
 class RunConfig(Closed):
     """One run, complete and checked."""
 
@@ -226,12 +300,12 @@ class RunConfig(Closed):
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_rounds: Annotated[int, Field(ge=0)]
     embedding_size: Annotated[int, Field(ge=2, le=4096)]
-    data: DataConfig
+    data: Annotated[Annotated[ImageData, Tag("images")] | Annotated[TableData, Tag("table")], Discriminator(_kind)]
     encoder: Annotated[EncoderChoice, Field(discriminator="name")]
     objective: Annotated[InstanceOf[Objective], BeforeValidator(_objective), PlainSerializer(describe_objective)]
     debias: DebiasConfig
     sampling: SamplingPolicy
-    views: ViewPolicy
+    views: Annotated[Annotated[ViewPolicy, Tag("images")] | Annotated[RowViewPolicy, Tag("table")], Discriminator(_kind)]
     strategy: StrategyConfig
     privacy: Annotated[PrivacyChoice, Field(discriminator="name")]
     finetune: FinetuneConfig
@@ -240,6 +314,10 @@ class RunConfig(Closed):
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
         _check_objective(self.objective)
+        remedy = {"images": "encoder=small views=brain", "table": "encoder=mlp views=table"}[self.data.kind]
+        for part, kind in (("encoder", self.encoder.kind), ("views", self.views.kind)):
+            if kind != self.data.kind:
+                raise ValueError(f"{part} must be for {self.data.kind}, as data are, got one for {kind}; add {remedy}")
         if self.warmup_rounds >= self.num_rounds:
             raise ValueError(f"warmup_rounds must be less than num_rounds, got {self.warmup_rounds} and {self.num_rounds}")
         if self.debias.weight > 0 and self.debias.warmup_rounds >= self.num_rounds:
@@ -275,11 +353,13 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names
         return f"config: {group or 'name'} must be one of {names}, got {name!r}; nearest: {', '.join(near)}."
     wanted = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    known = _keys(compose_plain(()))
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
+    choices = [override for override in overrides if override.partition("=")[0] in groups]
+    usual, known = _keys(compose_plain(())), sorted({*_keys(compose_plain(choices)), *groups})
     match = re.search(r"Could not override '([\w.]+)'", text)
-    if match and match[1] in known:
+    if match and match[1] in usual and match[1] not in known:
         group = match[1].partition(".")[0]
-        chosen = next((override for override in overrides if override.startswith(f"{group}=")), f"the default {group}")
+        chosen = next((o for name in (group, "experiment") for o in choices if o.startswith(f"{name}=")), f"the default {group}")
         return f"config: {match[1]} is no setting of {chosen}, which has nothing of that kind; leave it out or choose another."
     for key in wanted:
         if key not in known and key.partition("@")[0] not in known:
@@ -310,7 +390,12 @@ def load_config(overrides: str | Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: unknown key or name, wrong type, value out of range, or keys that do not fit together; one line.
     """
-    parts = shlex.split(overrides) if isinstance(overrides, str) else list(overrides)
+    return _load(tuple(shlex.split(overrides) if isinstance(overrides, str) else overrides))
+
+
+@lru_cache(maxsize=64)
+def _load(parts: tuple[str, ...]) -> RunConfig:
+    """The configuration of these overrides, composed once: a site asks for every message."""
     try:
         plain = compose_plain(parts)
     except (HydraException, OmegaConfBaseException) as error:
@@ -322,8 +407,8 @@ def load_config(overrides: str | Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(plain)
     except ValidationError as error:
         first = error.errors()[0]
-        # A choice by name puts the name behind its key: encoder.small.width is encoder.width to the user.
-        where = ".".join(str(part) for part in first["loc"] if part not in ("small", "none", "clip_and_noise")) or "overrides"
+        loc = [str(part) for i, part in enumerate(first["loc"]) if i != 1 or first["loc"][0] not in UNIONS]
+        where = ".".join(loc) or "overrides"
         given = f", got {first['input']!r}" if not isinstance(first["input"], Mapping) else ""
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             near = difflib.get_close_matches(where, _keys(compose_plain(())), n=3, cutoff=0.4)
@@ -342,5 +427,7 @@ def _at(tree: Mapping[str, Any], key: str) -> Any:
 def describe(config: RunConfig) -> dict[str, Any]:
     """The configuration without the folders of this machine, ready for JSON: what checkpoints and reports carry."""
     plain = config.model_dump(mode="json")
-    del plain["output"], plain["data"]["root"]
+    del plain["output"]
+    for key in config.data.PLACES:
+        del plain["data"][key]
     return plain

@@ -9,7 +9,6 @@ from torch import Tensor
 from core.config import RunConfig
 from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
-from core.data.views import apply, draw
 from core.models import Classifier
 from core.seeding import generator, seed
 from core.training import TrainResult, learning_rate, take_steps
@@ -39,14 +38,14 @@ def finetuning_losses(
     labels = diagnosis_codes(data)
     weights = (len(labels) / (2 * labels.bincount(minlength=2).clamp_min(1))).to(device)
     for batch in batches:
-        volumes_N1XYZ = data.volumes(batch.first, device)
+        inputs = data.inputs(batch.first, device)
         if stage == "linear_probe":
             with torch.no_grad():
-                h_NF = model.encoder(volumes_N1XYZ)
+                h_NF = model.encoder(inputs)
             logits_NC = model.head(h_NF)
         else:
-            drawn = draw(config.views, len(batch), config.data.shape, view_generator)
-            logits_NC = model(apply(volumes_N1XYZ, drawn))
+            drawn = config.views.draw(inputs.shape, view_generator)
+            logits_NC = model(drawn.apply(inputs, model.encoder.input_scale))
         yield {"cross_entropy": torch.nn.functional.cross_entropy(logits_NC, labels[batch.first].to(device), weights)}
 
 

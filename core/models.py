@@ -1,9 +1,9 @@
 """Encoders, the projector of pretraining and the classifier of fine-tuning. Nothing here couples scans: no BatchNorm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -24,17 +24,22 @@ class Block(nn.Sequential):
 
 
 class Encoder(nn.Module):
-    """A net from volumes (N, 1, X, Y, Z) to representations h (N, F)."""
+    """A net from volumes (N, 1, X, Y, Z), or rows of I features (N, I), to representations h (N, F)."""
 
     num_features: int
+
+    @property
+    def input_scale(self) -> Tensor:
+        """What counts as 1 in the inputs, the unit in which views add noise: (I,), or (1,) for all voxels."""
+        return torch.ones(1, device=next(self.parameters()).device)
 
 
 class SmallEncoder(Encoder):
     """Four strided stages of 3-D convolutions, then the mean over the grid: fast on two cores."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, num_inputs: int, width: int) -> None:
         super().__init__()
-        channels = [1, width, 2 * width, 4 * width, 16 * width]
+        channels = [num_inputs, width, 2 * width, 4 * width, 16 * width]
         self.stages = nn.Sequential(*(Block(a, b, stride=2) for a, b in pairwise(channels)))
         self.num_features = channels[-1]
 
@@ -42,6 +47,48 @@ class SmallEncoder(Encoder):
         """Representations h, (N, F), of volumes (N, 1, X, Y, Z)."""
         h_NF: Tensor = self.stages(volumes_N1XYZ).mean(dim=(2, 3, 4))
         return h_NF
+
+
+class Standardise(nn.Module):
+    """Rows as their difference from the mean over all sites, in standard deviations; 0 where a value is missing.
+
+    Both are constants of a run, weights that no one trains: a checkpoint carries them, and they travel with the others.
+    """
+
+    def __init__(self, num_inputs: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(num_inputs), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(num_inputs), requires_grad=False)
+
+    def forward(self, rows_NI: Tensor) -> Tensor:
+        """Standardised rows, (N, I)."""
+        return ((rows_NI - self.mean) / self.scale).nan_to_num(nan=0.0)
+
+
+class RowEncoder(Encoder):
+    """Standardisation, then layers of equal width, each a linear map and GELU; h is what the last gives."""
+
+    def __init__(self, num_inputs: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.standardise = Standardise(num_inputs)
+        sizes = [num_inputs, *[width] * depth]
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in pairwise(sizes)))
+        self.num_features = width
+
+    @property
+    def input_scale(self) -> Tensor:
+        """The standard deviation of each feature, (I,)."""
+        return self.standardise.scale
+
+    def forward(self, rows_NI: Tensor) -> Tensor:
+        """Representations h, (N, F), of rows (N, I) as the table has them."""
+        h_NF: Tensor = self.layers(self.standardise(rows_NI))
+        return h_NF
+
+
+def constants(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a model that no one trains: mean and scale of its inputs, none for volumes."""
+    return {name: value for name, value in state.items() if name.rpartition(".")[0].endswith("standardise")}
 
 
 class Headless(Encoder):
@@ -64,10 +111,11 @@ class Small:
 
     name: Literal["small"] = "small"
     width: Annotated[int, Field(ge=2, le=256)] = 8
+    kind: ClassVar = "images"
 
-    def build(self) -> Encoder:
+    def build(self, num_inputs: int) -> Encoder:
         """A small encoder with 16 ``width`` features."""
-        return SmallEncoder(self.width)
+        return SmallEncoder(num_inputs, self.width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +123,15 @@ class DenseNet:
     """``encoder=densenet121``: MONAI's, with group normalisation, 1024 features."""
 
     name: Literal["densenet121"] = "densenet121"
+    kind: ClassVar = "images"
 
-    def build(self) -> Encoder:
+    def build(self, num_inputs: int) -> Encoder:
         """DenseNet121 without its classifier."""
         from monai.networks.nets import DenseNet121  # seconds to import: only by who asks for it
 
         net = DenseNet121(
             spatial_dims=3,
-            in_channels=1,
+            in_channels=num_inputs,
             out_channels=1,
             norm=("group", {"num_groups": 8}),
             act=("relu", {"inplace": False}),
@@ -97,12 +146,13 @@ class ResNet:
     """``encoder=resnet18``: MONAI's, every BatchNorm (``norm="group"`` leaves 19 of 20) replaced by GroupNorm, 512 features."""
 
     name: Literal["resnet18"] = "resnet18"
+    kind: ClassVar = "images"
 
-    def build(self) -> Encoder:
+    def build(self, num_inputs: int) -> Encoder:
         """ResNet18 without its classifier."""
         from monai.networks.nets import resnet18  # seconds to import: only by who asks for it
 
-        net = resnet18(spatial_dims=3, n_input_channels=1, feed_forward=False)
+        net = resnet18(spatial_dims=3, n_input_channels=num_inputs, feed_forward=False)
         for parent in list(net.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.BatchNorm3d):
@@ -110,7 +160,21 @@ class ResNet:
         return Headless(net, 512)
 
 
-EncoderChoice = Small | DenseNet | ResNet
+@dataclass(frozen=True, kw_only=True)
+class MLP:
+    """``encoder=mlp``: for rows of features; ``width`` features after ``depth`` layers."""
+
+    name: Literal["mlp"] = "mlp"
+    width: Annotated[int, Field(ge=2, le=4096)] = 256
+    depth: Annotated[int, Field(ge=1, le=16)] = 2
+    kind: ClassVar = "table"
+
+    def build(self, num_inputs: int) -> Encoder:
+        """An encoder of rows with ``width`` features."""
+        return RowEncoder(num_inputs, self.width, self.depth)
+
+
+EncoderChoice = Small | DenseNet | ResNet | MLP
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -143,9 +207,9 @@ class Pretrainer(nn.Module):
         self.projector = Projector(encoder.num_features, embedding_size)
         self.classifier = None if num_classes is None else nn.Linear(encoder.num_features, num_classes)
 
-    def forward(self, volumes_N1XYZ: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Representation h (N, F) and embedding z (N, D)."""
-        h_NF = self.encoder(volumes_N1XYZ)
+        h_NF = self.encoder(inputs)
         return h_NF, self.projector(h_NF)
 
 
@@ -159,9 +223,9 @@ class Classifier(nn.Module):
             nn.LayerNorm(encoder.num_features, elementwise_affine=False), nn.Linear(encoder.num_features, num_classes)
         )
 
-    def forward(self, volumes_N1XYZ: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Logits, (N, classes)."""
-        logits_NC: Tensor = self.head(self.encoder(volumes_N1XYZ))
+        logits_NC: Tensor = self.head(self.encoder(inputs))
         return logits_NC
 
 
@@ -173,11 +237,16 @@ def _seeded(build: Callable[[], Model], model_seed: int) -> Model:
     return model
 
 
-def build_pretrainer(choice: EncoderChoice, embedding_size: int, run_seed: int, *, num_classes: int | None = None) -> Pretrainer:
-    """A freshly initialised encoder and projector, the same on every machine for the same seed."""
-    return _seeded(lambda: Pretrainer(choice.build(), embedding_size, num_classes), seed(run_seed, "pretrainer"))
+def build_pretrainer(
+    choice: EncoderChoice, embedding_size: int, run_seed: int, *, num_classes: int | None = None, num_inputs: int = 1
+) -> Pretrainer:
+    """A freshly initialised encoder and projector, the same on every machine for the same seed.
+
+    ``num_inputs`` is the number of channels of a volume, or of features of a row.
+    """
+    return _seeded(lambda: Pretrainer(choice.build(num_inputs), embedding_size, num_classes), seed(run_seed, "pretrainer"))
 
 
-def build_classifier(choice: EncoderChoice, num_classes: int, run_seed: int) -> Classifier:
-    """A freshly initialised classifier, the same on every machine for the same seed."""
-    return _seeded(lambda: Classifier(choice.build(), num_classes), seed(run_seed, "classifier"))
+def build_classifier(choice: EncoderChoice, num_classes: int, run_seed: int, *, num_inputs: int = 1) -> Classifier:
+    """A freshly initialised classifier, the same on every machine for the same seed; ``num_inputs`` as in `build_pretrainer`."""
+    return _seeded(lambda: Classifier(choice.build(num_inputs), num_classes), seed(run_seed, "classifier"))

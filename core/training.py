@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from core.config import RunConfig
 from core.data.sampling import subject_batches
 from core.data.site import SiteData
-from core.data.views import apply, draw
 from core.losses import EmbeddedViews
 from core.models import Pretrainer
 from core.moments import GroupMoments, Reference
@@ -89,13 +88,14 @@ def pretraining_losses(
     num_subjects = len({scan.subject for scan in data.scans})
     weight = config.debias.weight_in_round(round_number)
     for batch in batches:
-        first_N1XYZ, second_N1XYZ = (data.volumes(batch.first, device),) * 2
+        first, second = (data.inputs(batch.first, device),) * 2
         metadata = {name: label[batch.first].to(device) for name, label in labels.items()}
         if batch.second != batch.first:
-            second_N1XYZ = data.volumes(batch.second, device)
+            second = data.inputs(batch.second, device)
             metadata = {name: torch.stack([value, labels[name][batch.second].to(device)]) for name, value in metadata.items()}
-        drawn = [draw(config.views, len(batch), config.data.shape, view_generator) for _ in range(2)]
-        h_RF, z_RD = model(torch.cat([apply(first_N1XYZ, drawn[0]), apply(second_N1XYZ, drawn[1])]))
+        drawn = [config.views.draw(first.shape, view_generator) for _ in range(2)]
+        unit = model.encoder.input_scale
+        h_RF, z_RD = model(torch.cat([drawn[0].apply(first, unit), drawn[1].apply(second, unit)]))
         if model.classifier is not None:
             metadata["logits"] = torch.stack(model.classifier(h_RF).chunk(2))
         embedded = EmbeddedViews(z_RD.chunk(2), metadata)
@@ -155,6 +155,6 @@ def embed(model: nn.Module, data: SiteData, device: torch.device, *, batch_size:
     model.eval()
     outputs: list[tuple[Tensor, ...]] = []
     for start in range(0, len(data), batch_size):
-        result = model(data.volumes(range(start, min(start + batch_size, len(data))), device))
+        result = model(data.inputs(range(start, min(start + batch_size, len(data))), device))
         outputs.append(result if isinstance(result, tuple) else (result,))
     return tuple(torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))

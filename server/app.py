@@ -21,14 +21,28 @@ from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.probes import chance_and_floor, evaluate, evaluate_predictions
 from core.exchange import ExchangeError, State, content, fingerprint, pack, unpack, unpack_embeddings
-from core.models import build_classifier, build_pretrainer
+from core.models import Encoder, RowEncoder, build_classifier, build_pretrainer, constants
 from core.report import RunRecord, write_report
-from server.strategy import Node, RunError, SiteRounds, ask, reasons
+from core.scaling import standardisation_from
+from server.strategy import Node, RunError, SiteRounds, ask, read_sums, reasons
 
 log = logging.getLogger("isocenter")
 app = ServerApp()
 
 MIN_CONTRAST_SUBJECTS = 4
+
+
+@dataclass
+class Results:
+    """What the evaluation of a run found, and why something is missing."""
+
+    evaluations: list[Evaluation] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, found: tuple[list[Evaluation], list[str]]) -> None:
+        """Take in evaluations and notes."""
+        self.evaluations += found[0]
+        self.notes += [note for note in found[1] if note not in self.notes]
 
 
 @app.main()
@@ -47,9 +61,16 @@ def carry_out(grid: Grid, context: Context) -> None:
     config = load_config(str(context.run_config.get("overrides", "")))
     folder = new_run_folder(config)
     nodes = wait_for_sites(grid, config)
-    pretraining, targets = choose_sites(nodes, config)
+    results = Results()
+    pretraining, targets = choose_sites(nodes, config, results)
+    everyone = {node.node_id: node.site for node in nodes}
+    evaluated = everyone if config.data.pretrain_sites is None else {**pretraining, **targets}
+    num_inputs = agreed_inputs(nodes)
 
-    model = build_pretrainer(config.encoder, config.embedding_size, config.seed, num_classes=config.num_classes)
+    model = build_pretrainer(
+        config.encoder, config.embedding_size, config.seed, num_classes=config.num_classes, num_inputs=num_inputs
+    )
+    standardise(grid, pretraining, model.encoder, config)
     untrained = {name: value.clone() for name, value in model.state_dict().items()}
     save_checkpoint(folder / "checkpoints", Checkpoint(untrained, "untrained", 0, describe(config)), keep=1)
     widths = {"h": model.encoder.num_features, "z": config.embedding_size}
@@ -58,10 +79,9 @@ def carry_out(grid: Grid, context: Context) -> None:
     eraser = erase(grid, strategy, pretrained, folder, config) if config.debias.erase else None
 
     maps: dict[str, Embeddings] = {}
-    results = Results()
     for stage, state in (("untrained", untrained), ("pretrained", pretrained)):
         log.info("evaluating the %s encoder on held-out subjects", stage)
-        embeddings = collect_embeddings(grid, {**pretraining, **targets}, state, config, results)
+        embeddings = collect_embeddings(grid, evaluated, state, config, results)
         if embeddings is not None:
             maps[stage] = embeddings
             probe(embeddings, stage, set(pretraining.values()), config, results)
@@ -72,28 +92,16 @@ def carry_out(grid: Grid, context: Context) -> None:
         results.add(([], ["Nothing was erased: no scanner has two age groups large enough to be told (or all is withheld)."]))
 
     for stage in config.finetune.stages if targets else ():
-        classifier = build_classifier(config.encoder, 2, config.seed)
-        if stage != "from_scratch":
-            encoder = {k.removeprefix("encoder."): v for k, v in pretrained.items() if k.startswith("encoder.")}
-            load_strictly(classifier.encoder, encoder)
+        classifier = build_classifier(config.encoder, 2, config.seed, num_inputs=num_inputs)
+        encoder = {k.removeprefix("encoder."): v for k, v in pretrained.items() if k.startswith("encoder.")}
+        if stage == "from_scratch":
+            encoder = classifier.encoder.state_dict() | constants(encoder)
+        load_strictly(classifier.encoder, encoder)
         initial = {name: value.clone() for name, value in classifier.state_dict().items()}
         finetuned = rounds(grid, SiteRounds(config, stage, targets, initial, folder), initial)
         score_predictions(grid, targets, finetuned, stage, config, results)
 
     finish(folder, config, nodes, pretraining, targets, maps, results)
-
-
-@dataclass
-class Results:
-    """What the evaluation of a run found, and why something is missing."""
-
-    evaluations: list[Evaluation] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def add(self, found: tuple[list[Evaluation], list[str]]) -> None:
-        """Take in evaluations and notes."""
-        self.evaluations += found[0]
-        self.notes += [note for note in found[1] if note not in self.notes]
 
 
 class MarkedLines(logging.Formatter):
@@ -130,7 +138,7 @@ def wait_for_sites(grid: Grid, config: RunConfig) -> list[Node]:
     Raises:
         RunError: too few connected in time, a site could not open its data, or two nodes call themselves the same.
     """
-    wanted = {*(config.data.pretrain_sites or ()), *(config.data.target_sites or ())}
+    wanted = {*(config.data.pretrain_sites or ()), *config.data.unseen_sites, *(config.data.target_sites or ())}
     needed = max(len(wanted), config.strategy.min_sites or 1)
     deadline = time.monotonic() + config.strategy.wait_for_sites_s
     connected = 0
@@ -141,7 +149,7 @@ def wait_for_sites(grid: Grid, config: RunConfig) -> list[Node]:
         if time.monotonic() > deadline:
             raise RunError(
                 f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did. "
-                "Start the missing SuperNodes, or name fewer in data.pretrain_sites and data.target_sites."
+                "Start the missing SuperNodes, or name fewer in data.*_sites."
             )
         time.sleep(1)
     log.info("%d sites connected; they read and check their scans", len(node_ids))
@@ -170,21 +178,60 @@ def wait_for_sites(grid: Grid, config: RunConfig) -> list[Node]:
     return nodes
 
 
-def choose_sites(nodes: list[Node], config: RunConfig) -> tuple[dict[int, str], dict[int, str]]:
-    """Node numbers and names of the pretraining sites and of the target sites.
+def agreed_inputs(nodes: list[Node]) -> int:
+    """The number of channels or features that all sites hold.
 
     Raises:
-        RunError: a pretraining site has too few healthy subjects for a contrast, or a target site one class only.
+        RunError: sites hold different features.
+    """
+    groups: dict[str, list[Node]] = {}
+    for node in nodes:
+        groups.setdefault(str(node.about["inputs"]), []).append(node)
+    if len(groups) > 1:
+        told = "; ".join(f"{part[0].about['num-inputs']} at {', '.join(node.site for node in part)}" for part in groups.values())
+        raise RunError(
+            f"sites: features must have the same names at every site, got {len(groups)} different sets: {told}. "
+            "Name the common ones with data.columns.features=[...]."
+        )
+    return int(str(nodes[0].about["num-inputs"]))
+
+
+def choose_sites(nodes: list[Node], config: RunConfig, results: Results) -> tuple[dict[int, str], dict[int, str]]:
+    """Node numbers and names of the pretraining sites and of the target sites.
+
+    Where the configuration names no pretraining sites, those with too few healthy subjects for a contrast are left out, noted,
+    and count as unseen.
+
+    Raises:
+        RunError: a named pretraining site has too few healthy subjects, no site has enough, or a target site has one class only.
     """
     data = config.data
-    pretraining = [node for node in nodes if data.pretrain_sites is None or node.site in data.pretrain_sites]
-    targets = [node for node in nodes if data.target_sites is None or node.site in data.target_sites]
-    for node in pretraining:
-        if int(str(node.about["healthy-train-subjects"])) < MIN_CONTRAST_SUBJECTS:
-            raise RunError(
-                f"site {node.site}: healthy training subjects must be at least {MIN_CONTRAST_SUBJECTS} to contrast, "
-                f"got {node.about['healthy-train-subjects']}. Leave it out with data.pretrain_sites=[...]."
+    small = [node for node in nodes if int(str(node.about["healthy-train-subjects"])) < MIN_CONTRAST_SUBJECTS]
+    if data.pretrain_sites is None:
+        left_out = [node for node in small if node.site not in data.unseen_sites]
+        pretraining = [node for node in nodes if node.site not in data.unseen_sites and node not in left_out]
+        if left_out:
+            told = ", ".join(f"{node.site} ({node.about['healthy-train-subjects']})" for node in left_out)
+            text = (
+                f"Left out of pretraining, for want of {MIN_CONTRAST_SUBJECTS} healthy training subjects to contrast: {told}. "
+                "They count as unseen."
             )
+            log.warning("%s", text)
+            results.notes.append(text)
+    else:
+        pretraining = [node for node in nodes if node.site in data.pretrain_sites]
+        for node in small:
+            if node.site in data.pretrain_sites:
+                raise RunError(
+                    f"site {node.site}: healthy training subjects must be at least {MIN_CONTRAST_SUBJECTS} to contrast, "
+                    f"got {node.about['healthy-train-subjects']}. Leave it out with data.pretrain_sites=[...]."
+                )
+    if not pretraining:
+        raise RunError(
+            f"sites: at least one must have {MIN_CONTRAST_SUBJECTS} healthy training subjects and not be in data.unseen_sites, "
+            f"got none of {len(nodes)}."
+        )
+    targets = [node for node in nodes if data.target_sites is None or node.site in data.target_sites]
     if data.target_sites is None:
         targets = [node for node in targets if node.about["classes-in-train"] == 2]
     for node in targets if config.finetune.stages else ():
@@ -200,6 +247,31 @@ def choose_sites(nodes: list[Node], config: RunConfig) -> tuple[dict[int, str], 
     log.info("pretraining at %s", ", ".join(node.site for node in pretraining))
     log.info("fine-tuning at %s", ", ".join(node.site for node in targets) or "no site")
     return {node.node_id: node.site for node in pretraining}, {node.node_id: node.site for node in targets}
+
+
+def standardise(grid: Grid, nodes: Mapping[int, str], encoder: Encoder, config: RunConfig) -> None:
+    """Set the mean and scale that an encoder of rows begins with, from the sums of every pretraining site.
+
+    Raises:
+        RunError: a site did not answer, or no site tells enough of a feature.
+    """
+    if not isinstance(encoder, RowEncoder):
+        return
+    task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
+    answers, failures = ask(grid, nodes, "query.inputs", lambda _: task, config.strategy.round_timeout_s)
+    if failures:
+        raise RunError(f"standardisation: every site must answer, {len(failures)} did not.{reasons(failures)}")
+    width = len(encoder.standardise.mean)
+    sums = {site: read_sums(answer, width, f"site {site}") for site, answer in answers.items()}
+    withheld = [site for site, sums_3I in sums.items() if bool(sums_3I[2].isnan().all())]
+    if withheld:
+        log.info("standardisation without the spread of %s, who withhold it", ", ".join(withheld))
+    try:
+        reference = standardisation_from(list(sums.values()))
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    encoder.standardise.mean.copy_(reference.mean_D)
+    encoder.standardise.scale.copy_(reference.scale_D)
 
 
 def rounds(grid: Grid, strategy: SiteRounds, initial: State) -> State:
@@ -299,7 +371,8 @@ def finish(
             "scanners": node.about["scanners"],
             "role": " and ".join(
                 role for role, chosen in (("pretraining", pretraining), ("target", targets)) if node.node_id in chosen
-            ),
+            )
+            or "unseen",
             "problems": dict(str(entry).split("=") for entry in cast(list[str], node.about["problems"])),
         }
         for node in nodes

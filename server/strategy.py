@@ -32,6 +32,7 @@ from core.exchange import (
     unpack_groups,
     unpack_state,
 )
+from core.models import constants
 from core.moments import GroupMoments, Reference, concatenate, reference_from
 
 log = logging.getLogger("isocenter")
@@ -253,8 +254,9 @@ class SiteRounds(FedAvg):
         averaged, metrics = super().aggregate_train(server_round, accepted)
         if averaged is None:
             raise RunError(f"{self.stage}, round {server_round}: the average must not be empty.")
-        arrays = restore_dtypes(averaged, accepted)
-        state = unpack(arrays, self.layout)
+        # An average of equal numbers may differ from them in the last place.
+        state = unpack(restore_dtypes(averaged, accepted), self.layout) | constants(self.template)
+        arrays = pack(state)[0]
         checkpoint = Checkpoint(state, self.stage, server_round, describe(self.config))
         save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
         self.tell(server_round, {site: answer.metric_records["metrics"] for site, answer in answers.items()}, failures)

@@ -34,18 +34,20 @@ def run(
 
 def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     """Run one simulation with progress on the screen and return its folder; exit 1 with the reason when it fails."""
-    from core.data.bids import list_sites
     from simulations.launch import choose_resources, simulate
 
     config = checked(overrides)
     if not (APP / "pyproject.toml").is_file():
         fail("run: Isocenter must be installed from its checkout (pip install -e .), got a copy without pyproject.toml.")
     output = (config.output or Path("runs")).resolve()
-    root = config.data.root.resolve() if config.data.root else Path("data/phantom").resolve()
+    places = {key: path.resolve() for key, path in config.data.places.items() if path is not None}
     if config.data.root is None:
-        write_phantom(root, seed=0, scale=1.0)
+        if config.data.kind == "table":
+            fail("run: data.table must name a file, got null.")
+        places["root"] = Path("data/phantom").resolve()
+        write_phantom(places["root"], seed=0, scale=1.0)
     try:
-        num_sites = len(list_sites(root))
+        num_sites = len(config.data.source(Path(), config.data.places | places).sites())
     except ValueError as error:
         fail(str(error))
     name = free_name(output, config.name)
@@ -53,7 +55,8 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     folder.mkdir(parents=True)
     log_path = folder / "flower.log"
     # Quoted twice: for Hydra, whose values know = and spaces, and for the shell-like split of the whole line.
-    placed = [f"data.root={json.dumps(str(root))}", f"output={json.dumps(str(output))}", f"name={name}"]
+    placed = [f"data.{key}={json.dumps(str(path))}" for key, path in places.items()]
+    placed += [f"output={json.dumps(str(output))}", f"name={name}"]
     typer.echo(f"starting {num_sites} virtual sites; everything Flower says goes to {log_path}")
     clients_at_once, gpus_per_client = choose_resources(num_sites)
     outcome = simulate(

@@ -22,14 +22,18 @@ def test_every_choice_of_every_group_composes() -> None:
     assert choices("debias")
     for overrides in product(choices("objective"), choices("debias")):
         load_config(list(overrides))
+    table = "data=roi data.table=/somewhere encoder=mlp views=table"
     for group in ("sampling", "encoder", "views", "strategy", "privacy", "finetune"):
         assert choices(group)
         for override in choices(group):
-            load_config(override)
+            load_config(table if override in table else override)
     for name in ("phantom", "mcic", "folder"):
         assert load_config(f"data={name} data.root=/somewhere").data.name == name
     for experiment in ("mcic", "tiny"):
         assert load_config(f"experiment={experiment} data.root=/somewhere").name == experiment
+    for experiment in ("roi", "abide", "ixi"):
+        config = load_config(f"experiment={experiment} data.table=/table data.participants=/people")
+        assert (config.name, config.data.kind, config.encoder.kind, config.views.kind) == (experiment, *["table"] * 3)
 
 
 def test_overrides_may_be_one_quoted_line() -> None:
@@ -82,6 +86,26 @@ def test_overrides_may_be_one_quoted_line() -> None:
         ("debias.divergence=js", "debias.divergence: Input should be 'kl'"),
         ("debias.space=x", "debias.space: Input should be 'h', 'z' or 'both'"),
         ("sampling.multi_instance=maybe", "sampling.multi_instance"),
+        ("encoder=mlp", "encoder must be for images, as data are, got one for table; add encoder=small views=brain"),
+        ("views=table", "views must be for images, as data are, got one for table"),
+        ("experiment=roi data.table=/x views=brain", "views must be for table, as data are, got one for images; add encoder=mlp"),
+        ("experiment=roi", "data.table must be given, got nothing"),
+        ("experiment=roi data.table=/x data.root=/y", "data.root is no setting of"),
+        ("experiment=roi data.table=/x +data.shape=[1,1,1]", "data.shape is no known key"),
+        ("experiment=roi data.table=/x encoder.depth=0", "encoder.depth: .*greater than or equal to 1, got 0"),
+        ("experiment=roi data.table=/x views.noise_sd=-1", "views: noise_sd must be between 0 and 10, got -1"),
+        ("experiment=roi data.table=/x data.columns.colour=x", "got 'data.columns.colour'"),
+        ("experiment=roi data.table=/x data.columns.ignore=age", "data.columns.ignore: .*got 'age'"),
+        ("experiment=roi data.table=/x 'data.columns.site_pattern=\"x(\"'", "site_pattern must be a regular expression"),
+        ("experiment=roi data.table=/x data.columns.site_pattern=abc", "must have one group, the site's name, got 'abc' with 0"),
+        (
+            "experiment=roi data.table=/x data.columns.females=[2] data.columns.males=[2.0,1]",
+            "females and males must have no code in common, got '2.0' in both",
+        ),
+        ("data.unseen_sites=[a]", "unseen_sites must be empty when pretrain_sites are named"),
+        ("data.fractions=[0.5,0.2,0.2]", r"fractions of train, val and test must sum to 1, .* got \[0.5, 0.2, 0.2\]"),
+        ("data.fractions=[0,0.5,0.5]", "train not 0"),
+        ("+data.kind=film", "data.kind"),
         ("_target_=os.system", "must name a known key, got '_target_'"),
     ],
 )
@@ -102,6 +126,14 @@ def test_what_is_stored_names_no_folder() -> None:
         "released": None,
     }
     assert stored["seed"] == 7
+    table = describe(load_config("experiment=roi data.table=/secret/table.csv data.participants=/secret/people.csv"))
+    assert "secret" not in str(table)
+    assert table["data"]["columns"]["features"] is None
+
+
+def test_a_configuration_is_composed_once() -> None:
+    assert load_config("seed=3") is load_config(["seed=3"])
+    assert load_config("seed=3") is not load_config("seed=4")
 
 
 def test_the_weight_of_debiasing_rises_after_its_warm_up() -> None:

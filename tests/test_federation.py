@@ -337,7 +337,19 @@ def test_a_site_too_small_to_contrast_is_refused(consortium: Path, federate: Fed
         for file in folder.rglob("*.nii.gz"):
             file.unlink()
     with pytest.raises(RunError, match="site a: healthy training subjects must be at least 4 to contrast, got 1"):
-        federate(consortium, name="one")
+        federate(consortium, "data.pretrain_sites=[a,b]", name="one")
+    notes = (federate(consortium, name="rest") / "report.html").read_text()
+    assert "4 healthy training subjects to contrast: a (1). They count as unseen." in notes
+
+
+def test_unseen_sites_are_kept_out_of_pretraining(consortium: Path, federate: Federate) -> None:
+    folder = federate(consortium, "data.unseen_sites=[b]", name="unseen")
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert set(rounds[0]["sites"]) == {"a", "c"}
+    with pytest.raises(RunError, match=r"\['d'\] must be connected"):
+        federate(consortium, "data.unseen_sites=[d]", name="misnamed")
+    with pytest.raises(RunError, match=r"not be in data\.unseen_sites, got none of 3"):
+        federate(consortium, "data.unseen_sites=[a,b,c]", name="nobody")
 
 
 def test_sites_that_keep_their_scans_at_home_are_noted(consortium: Path, federate: Federate) -> None:

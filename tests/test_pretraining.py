@@ -29,8 +29,8 @@ def two_scanners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_site: Ca
     return overrides, SiteData(
         data.site,
         (*data.scans, *(data.scans[i] for i in repeated)),
-        (*data.volume_indices, *(data.volume_indices[i - 1] for i in repeated)),
-        data.cache,
+        (*data.positions, *(data.positions[i - 1] for i in repeated)),
+        data.store,
     )
 
 
@@ -98,13 +98,13 @@ def test_the_second_view_of_multi_instance_pairs_shows_the_second_scan(
 ) -> None:
     overrides, data = two_scanners
     asked = []
-    volumes = SiteData.volumes
+    inputs = SiteData.inputs
 
     def spy(self: SiteData, indices: list[int], device: torch.device) -> torch.Tensor:
         asked.append(list(indices))
-        return volumes(self, indices, device)
+        return inputs(self, indices, device)
 
-    monkeypatch.setattr(SiteData, "volumes", spy)
+    monkeypatch.setattr(SiteData, "inputs", spy)
     config = load_config(f"{overrides} sampling=multi_instance debias=none")
     next(pretraining_losses(model_of(config), data, config, 1, CPU, {}, {}))
     first, second = asked

@@ -15,13 +15,14 @@ from typing import Literal
 
 MAX_AGE_YEARS = 120.0
 SPLITS = ("train", "val", "test")
-UNUSABLE_KINDS = frozenset({"no_image", "no_row", "wrong_name", "unreadable"})
+SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
+UNUSABLE_KINDS = frozenset({"no_image", "no_row", "no_features", "wrong_name", "unreadable"})
 """Kinds of problem that keep a scan out of the manifest; the other kinds leave a scan in it, with a value missing."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """One image file of one session of one subject.
+    """One image file of one session of one subject, or its row in a table (the path is then ``<table>#<subject>``).
 
     ``session`` is "" where the site has none; ``diagnosis`` is lower case, "control" for healthy subjects.
     """

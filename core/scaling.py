@@ -1,0 +1,46 @@
+"""Mean and standard deviation of each feature of a table over all sites, from sums: where the encoder of rows begins.
+
+Shape legend: N subjects, I features, S sites.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from core.moments import MomentPolicy, Reference, feature_sums, reference_from
+
+
+def input_sums(rows_NI: Tensor, policy: MomentPolicy) -> Tensor:
+    """Count, sum and sum of squares of every feature over the subjects that have it, (3, I) float64, one row a subject.
+
+    The policy holds for each feature: NaN where fewer subjects than it asks for have the feature.
+    """
+    sums_3I = torch.full((3, rows_NI.shape[1]), torch.nan, dtype=torch.float64)
+    known_NI = ~rows_NI.isnan()
+    complete_I = known_NI.all(dim=0)
+    if len(rows_NI) and complete_I.any():
+        sums_3I[:, complete_I] = feature_sums(rows_NI[:, complete_I], policy)
+    for feature in (~complete_I & known_NI.any(dim=0)).nonzero().flatten().tolist():
+        sums_3I[:, [feature]] = feature_sums(rows_NI[known_NI[:, feature]][:, [feature]], policy)
+    return sums_3I
+
+
+def standardisation_from(sums: Sequence[Tensor]) -> Reference:
+    """Mean and standard deviation of every feature from the `input_sums` of the sites; 1 for a feature that never varies.
+
+    Raises:
+        ValueError: a feature whose sum of squares no site tells: its values would enter the encoder in their own unit.
+    """
+    sums_S3I = torch.stack(list(sums))
+    untold = sums_S3I[:, 2].isnan().all(dim=0).nonzero().flatten().tolist()
+    if untold:
+        raise ValueError(
+            f"standardisation: at least one site must tell the sum of squares of each feature, got none for {len(untold)} of "
+            f"{sums_S3I.shape[2]}, the first is number {untold[0] + 1} by name. Fewer healthy training subjects have these than "
+            "diagonal-subjects of every site asks for (simulation.diagonal_subjects in a simulation): lower it where the site "
+            "allows, or leave the features out with data.columns.ignore."
+        )
+    parts = [reference_from(list(sums_S3I[:, :, [feature]])) for feature in range(sums_S3I.shape[2])]
+    told = [part for part in parts if part is not None]
+    return Reference(torch.cat([part.mean_D for part in told]), torch.cat([part.scale_D for part in told]))
