@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,53 @@ def config(overrides: Overrides = None) -> None:
     from core.config import describe
 
     typer.echo(json.dumps(describe(checked(overrides or [])), indent=2))
+
+
+@app.command()
+def evaluate(
+    what: Annotated[
+        list[Path],
+        typer.Argument(help="Run folder, embeddings-<stage>.npz, or folder of *.npy and one table.", show_default=False),
+    ],
+    unseen: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A site that took no part in pretraining; repeat for each. Age is then scored there as at a new hospital."
+        ),
+    ] = None,
+    official: Annotated[
+        bool,
+        typer.Option("--official", help="Add the protocol and score of the OpenBHB challenge (slow: minutes with many sites)."),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of folds, resamples and permutations.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for metrics.json, differences.json, report.html and its figures.", show_default=False),
+    ] = None,
+) -> None:
+    """Say how much of site, scanner, age, sex and diagnosis can be read from a representation, and how sure that is.
+
+    WHAT is the folder of a run, an embeddings-<stage>.npz of one, or a folder with your own *.npy (one row a scan, one column a
+    feature) beside one .csv or .tsv table. Several are compared with the first, on the same scans; of a single one with several
+    representations, all are compared with its first.
+
+    Every site probe stands beside chance and its own floor: what age and sex alone give that probe. Probes named heldout
+    never see the train split, which an eraser or a harmonisation may have been fitted on. Brackets hold 95 % intervals over
+    held-out subjects. With several representations of the same scans, differences come with a paired interval and a p.
+
+    Your own table needs the columns subject and site, and may have age (years), sex (F, M), diagnosis (control, patient),
+    scanner and split (train, val, test); rows are those of the .npy files. Without a split, 60 % of the subjects are train.
+
+    Examples: isocenter evaluate runs/phantom, isocenter evaluate runs/a runs/b --output compared,
+    isocenter evaluate mine/ --unseen Oslo --official
+    """
+    from core.evaluation.command import evaluate_and_print
+
+    try:
+        evaluate_and_print(what, unseen=unseen or [], official=official, seed=seed, output=output)
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
 
 
 def checked(overrides: list[str]) -> "RunConfig":  # type: ignore[name-defined] # noqa: F821

@@ -22,6 +22,7 @@ from core.checkpoint import write_atomically
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, NotEvaluableError
 from core.evaluation.probes import planar_map
+from core.evaluation.words import digits, find, verdict, with_interval
 from core.report_page import PAGE
 
 STAGES = {
@@ -39,12 +40,36 @@ STAGES = {
 METRICS = {
     "balanced_accuracy": "balanced accuracy",
     "balanced_accuracy_knn": "balanced accuracy, 10-NN",
+    "balanced_accuracy_boosting": "balanced accuracy, boosting",
+    "balanced_accuracy_heldout": "balanced accuracy among held-out",
+    "balanced_accuracy_knn_heldout": "balanced accuracy among held-out, 10-NN",
+    "ilisi": "sites mixed, iLISI",
+    "ilisi_normalised": "sites mixed, share of random",
+    "silhouette": "silhouette",
+    "mmd2": "MMD² between sites",
+    "explained_variance": "variance explained",
     "auc": "AUC",
     "mae": "MAE, years",
     "mae_unseen": "MAE at unseen sites, years",
+    "mae_leave_site_out": "MAE, site left out of the fit, years",
     "r2": "R²",
+    "slope": "slope of predicted on true",
+    "bias": "bias, years",
+    "bias_unseen": "bias at unseen sites, years",
+    "openbhb_bacc": "OpenBHB balanced accuracy",
+    "openbhb_mae": "OpenBHB MAE, years",
+    "openbhb_mae_unseen": "OpenBHB MAE at unseen sites, years",
+    "openbhb_score": "OpenBHB score",
 }
 REFERENCES = ("chance", "age_sex_floor")
+# Filled: a linear probe; the floor and chance drawn are those of the probe fitted on train.
+PROBE_MARKERS = {
+    "balanced_accuracy": "o",
+    "balanced_accuracy_knn": "o",
+    "balanced_accuracy_boosting": "s",
+    "balanced_accuracy_heldout": "D",
+}
+HOLLOW = ("balanced_accuracy_knn", "balanced_accuracy_boosting", "mae_unseen")
 MAX_SCANS_IN_MAP = 1000
 MAX_SITES_IN_LEGEND = 21
 
@@ -122,52 +147,11 @@ def write_report(folder: Path, record: RunRecord) -> Path:
     return path
 
 
-def verdict(evaluations: Sequence[Evaluation]) -> str:
-    """One sentence on site predictability of what the run delivers, made from the numbers alone."""
-    plain = _find(evaluations, "pretrained", "site", "balanced_accuracy")
-    erased = _find(evaluations, "erased", "site", "balanced_accuracy")
-    now = erased or plain
-    if now is None:
-        return "Site predictability of the pretrained encoder was not evaluated in this run."
-    chance, floor, before = (
-        _find(evaluations, stage, "site", "balanced_accuracy") for stage in ("chance", "age_sex_floor", "untrained")
-    )
-    beside = [
-        f"{words} {_figure(e.value, e)}"
-        for words, e in (
-            ("chance", chance),
-            ("floor from age and sex", floor),
-            ("before pretraining", before),
-            ("before erasure", plain if erased else None),
-        )
-        if e is not None
-    ]
-    place = ""
-    if floor is not None and now.low is not None and now.high is not None:
-        below, above = floor.value < now.low, floor.value > now.high
-        place = ", above the floor" if below else ", below the floor" if above else ", not told apart from the floor"
-    return (
-        f"Site can be read from the {'erased' if erased else 'pretrained'} representation with balanced accuracy "
-        f"{_with_interval(now)}{place}" + (f" ({', '.join(beside)})" if beside else "") + "."
-    )
-
-
 # ---- numbers and words
 
 
-def _find(evaluations: Iterable[Evaluation], stage: str, task: str, metric: str) -> Evaluation | None:
-    """The first such figure over all sites."""
-    wanted = (stage, task, metric, "all")
-    return next((e for e in evaluations if (e.stage, e.task, e.metric, e.site) == wanted), None)
-
-
 def _figure(number: float, evaluation: Evaluation) -> str:
-    return f"{number:.1f}" if evaluation.metric.startswith("mae") else f"{number:.2f}"
-
-
-def _with_interval(e: Evaluation) -> str:
-    bounds = f" [{_figure(e.low, e)}, {_figure(e.high, e)}]" if e.low is not None and e.high is not None else ""
-    return f"{_figure(e.value, e)}{bounds}"
+    return digits(number, evaluation.metric)
 
 
 def _stage(stage: str) -> str:
@@ -211,13 +195,13 @@ def _cards(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
             (("from_scratch", "from scratch"),),
         ),
     ):
-        now = next((e for stage in stages if (e := _find(evaluations, stage, task, metric)) is not None), None)
+        now = next((e for stage in stages if (e := find(evaluations, stage, task, metric)) is not None), None)
         if now is None:
             continue
         beside = [
             f"{words} {_figure(e.value, e)}"
             for stage, words in others
-            if (e := _find(evaluations, stage, task, metric)) is not None
+            if (e := find(evaluations, stage, task, metric)) is not None
         ]
         cards.append({"title": title.format(stage=_stage(now.stage).lower()), "now": now, "beside": ", ".join(beside)})
     return cards
@@ -542,7 +526,11 @@ DIAGNOSIS_LOOKS = {
 def _draw_site_predictability(evaluations: Sequence[Evaluation]) -> Figure | None:
     panels = []
     for task in ("site", "scanner"):
-        rows = _in_order(e for e in evaluations if e.task == task and e.site == "all" and e.stage not in REFERENCES)
+        rows = _in_order(
+            e
+            for e in evaluations
+            if e.task == task and e.site == "all" and e.stage not in REFERENCES and e.metric in PROBE_MARKERS
+        )
         if rows:
             panels.append((task, rows))
     if not panels:
@@ -552,24 +540,27 @@ def _draw_site_predictability(evaluations: Sequence[Evaluation]) -> Figure | Non
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (task, rows) in zip(axes, panels, strict=True):
         for stage, colour in (("chance", SOFT), ("age_sex_floor", "#009E73")):
-            reference = _find(evaluations, stage, task, "balanced_accuracy")
+            reference = find(evaluations, stage, task, "balanced_accuracy")
             if reference is None:
                 continue
             axis.axvline(reference.value, color=colour, linewidth=1.2, linestyle=":" if stage == "chance" else "-", zorder=1)
             if reference.low is not None:
                 axis.axvspan(reference.low, reference.high, color=colour, alpha=0.1, linewidth=0, zorder=0)
         labels = _row_labels(rows)
-        _dots(axis, rows, labels, [INK if e.stage == "pretrained" else SOFT for e in rows])
+        colours = [INK if e.stage == "pretrained" else SOFT for e in rows]
+        _dots(axis, rows, labels, colours, [PROBE_MARKERS[e.metric] for e in rows])
         if axis is not axes[0] and labels == _row_labels(panels[0][1]):
             axis.set_yticklabels([])
         axis.set(title=f"Which {task}?", xlabel="balanced accuracy", xlim=(0, 1))
     handles = [
         Line2D([], [], color=INK, marker="o", linestyle="-", linewidth=1.2, label="linear probe"),
-        Line2D([], [], color=INK, marker="o", markerfacecolor="white", linestyle="-", linewidth=1.2, label="10-NN probe"),
-        Line2D([], [], color="#009E73", linewidth=1.2, label="floor: age and sex only, 95 % band"),
+        Line2D([], [], color=INK, marker="o", markerfacecolor="white", linestyle="-", linewidth=1.2, label="10-NN"),
+        Line2D([], [], color=INK, marker="s", markerfacecolor="white", linestyle="-", linewidth=1.2, label="boosting"),
+        Line2D([], [], color=INK, marker="D", linestyle="-", linewidth=1.2, label="linear, among held-out subjects"),
+        Line2D([], [], color="#009E73", linewidth=1.2, label="floor of the linear probe: age and sex only, 95 % band"),
         Line2D([], [], color=SOFT, linewidth=1.2, linestyle=":", label="chance"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, columnspacing=2.2)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, columnspacing=2.2)
     return figure
 
 
@@ -578,7 +569,7 @@ def _draw_age_error(evaluations: Sequence[Evaluation], looks: Mapping[str, _Look
     overall = _in_order(e for e in errors if e.site == "all")
     if not overall:
         return None
-    last = overall[-1].stage if _find(errors, "pretrained", "age", "mae") is None else "pretrained"
+    last = overall[-1].stage if find(errors, "pretrained", "age", "mae") is None else "pretrained"
     single = [e for site in looks for e in errors if e.site == site and e.stage == last]
     panels = 2 if single else 1
     figure = Figure(figsize=(10, 1.2 + 0.3 * max(len(overall), len(single))), layout="constrained")
@@ -621,7 +612,7 @@ def _dots(
 ) -> None:
     """One line a figure, from the top: the value as a dot, hollow for the second probe or set, its interval, the number."""
     for place, (e, colour, marker) in enumerate(zip(rows, colours, markers or ["o"] * len(rows), strict=True)):
-        hollow = e.metric in ("balanced_accuracy_knn", "mae_unseen")
+        hollow = e.metric in HOLLOW
         if e.low is not None:
             axis.plot([e.low, e.high], [place, place], color=colour, linewidth=1.6, solid_capstyle="round", zorder=2)
         axis.plot(
@@ -635,7 +626,7 @@ def _dots(
             zorder=3,
         )
         axis.annotate(
-            _with_interval(e),
+            with_interval(e),
             (1.015, place),
             xycoords=("axes fraction", "data"),
             va="center",

@@ -210,18 +210,29 @@ representation, and by classifiers fine-tuned across sites. Higher is better; 0.
 <dt>Stage</dt><dd>What was evaluated. Probes: raw voxels after PCA, the untrained encoder, the pretrained encoder, all frozen.
 Fine-tuning: a linear probe on the frozen encoder, full fine-tuning of it, and the same network trained from scratch.</dd>
 <dt>Balanced accuracy</dt><dd>The mean over sites of the share of that site's scans that are recognised, so a large site counts
-as much as a small one. Two probes: a linear one, and 10 nearest neighbours, because a representation can hide the site from a
-linear probe alone.</dd>
+as much as a small one. A linear probe, and 10 nearest neighbours and boosted trees, because a representation can hide the site
+from a linear probe alone. "Among held-out": cross-validated over test subjects only, because what was fitted on train subjects
+can hide the site in them and not in others; fewer scans fit these probes, so compare them with their own floor.</dd>
 <dt>Chance</dt><dd>1 / number of sites: the balanced accuracy of a probe that knows nothing.</dd>
-<dt>Floor</dt><dd>The balanced accuracy of the linear probe given only age and sex. Hospitals see people of different ages, so a
+<dt>Floor</dt><dd>The balanced accuracy of a probe given only age and sex, of each probe its own; the
+figure shows that of the linear one. Hospitals see people of different ages, so a
 representation that keeps age cannot be expected below it; reaching chance would mean that age was lost too. The
-page calls a figure above or below the floor when its interval excludes the floor's value.</dd>
+page calls a figure above or below the floor when its interval excludes the floor's value, or chance where the floor came
+out below it.</dd>
 <dt>Held-out subject</dt><dd>Of the test split: no scan of that subject was used to train the encoder, a classifier or a
 probe.</dd>
 <dt>Unseen site</dt><dd>A site that took no part in pretraining, nor in fitting the age probe.</dd>
 <dt>Interval</dt><dd>95 % percentile interval over resamples of the test subjects, each with all its scans. It covers other
 subjects of these sites; it does not cover another training run, another seed or another hospital.</dd>
 <dt>MAE, R²</dt><dd>Mean absolute error in years; the share of the variance of age that is explained.</dd>
+<dt>Bias, slope</dt><dd>Mean of predicted minus true age; how much the predicted age grows in a year: below 1, the old are taken
+for too young and the young for too old.</dd>
+<dt>Site left out of the fit</dt><dd>Each test subject is scored by an age probe fitted at the other sites.</dd>
+<dt>Sites mixed</dt><dd>iLISI: how many sites there are, in effect, among the nearest neighbours of a held-out subject; as a
+share, 1 is what neighbours drawn at random would give.</dd>
+<dt>MMD², variance explained</dt><dd>The squared distance between the distributions of two sites, mean over pairs; the share
+of the variance of the representation that site explains beyond age and sex, or age beyond site and sex. Both are about 0,
+and may be negative, where there is no effect.</dd>
 <dt>AUC</dt><dd>The chance that a random patient is ranked above a random control. Only sites that have both take part.</dd>
 <dt>No claim</dt><dd>A low site predictability says that these probes fail on these sites, not that no probe can succeed, and
 nothing about privacy. An AUC here is no measure of use in a clinic. One run with one seed does not rank two methods; when

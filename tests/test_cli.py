@@ -15,7 +15,7 @@ RUNNER = CliRunner()
 
 def test_help_names_every_command_and_option() -> None:
     text = RUNNER.invoke(app, ["--help"]).output
-    assert all(command in text for command in ("run", "compare", "phantom", "config"))
+    assert all(command in text for command in ("run", "compare", "phantom", "config", "evaluate"))
     assert "deadline" in RUNNER.invoke(app, ["run", "--help"]).output
 
 

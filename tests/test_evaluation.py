@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from core.evaluation import probes
+from core.evaluation import outcomes, probes
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import (
     Evaluation,
@@ -17,6 +17,13 @@ from core.evaluation.intervals import (
     write_metrics,
 )
 
+PROBES = (
+    "balanced_accuracy",
+    "balanced_accuracy_knn",
+    "balanced_accuracy_boosting",
+    "balanced_accuracy_heldout",
+    "balanced_accuracy_knn_heldout",
+)
 RUN = {"stage": "pretrained", "regime": "federated", "seed": 0}
 
 
@@ -238,8 +245,8 @@ def test_scores_equal_scikit_learn_on_resamples():
     random = np.random.default_rng(0)
     truth_N, predicted_N = random.integers(4, size=80), random.integers(4, size=80)
     label_N, score_N = random.integers(2, size=80), random.integers(6, size=80) / 5
-    accuracy = probes._balanced_accuracy(truth_N, predicted_N)
-    area = probes._area_under_curve(label_N, score_N)
+    accuracy = outcomes.balanced_accuracy(truth_N, predicted_N)
+    area = outcomes.area_under_curve(label_N, score_N)
     for _ in range(20):
         chosen = random.integers(80, size=80)
         assert accuracy(chosen) == pytest.approx(balanced_accuracy_score(truth_N[chosen], predicted_N[chosen]), abs=1e-12)
@@ -254,7 +261,7 @@ def test_scores_equal_scikit_learn_on_resamples():
 def test_noise_is_at_chance_and_one_hot_sites_are_read_without_error():
     noise = cohort(subjects=60, patients_at=())
     found = by_name(probes.site_predictability(noise, **RUN)[0])
-    for metric in ("balanced_accuracy", "balanced_accuracy_knn"):
+    for metric in PROBES:
         e = found["site", metric]
         assert e.low <= 1 / 3 <= e.high
         assert e.num_subjects == 3 * 24
@@ -264,7 +271,7 @@ def test_noise_is_at_chance_and_one_hot_sites_are_read_without_error():
         assert (e.value, e.low, e.high) == (1.0, 1.0, 1.0)
 
 
-def test_neighbours_see_a_site_that_a_linear_probe_cannot():
+def test_neighbours_and_boosting_see_a_site_that_a_linear_probe_cannot():
     """Site A lies inside, site B on a ring around it: no line separates them."""
     random = np.random.default_rng(0)
     where = cohort(sites=("A", "B"), subjects=80, patients_at=())
@@ -273,7 +280,8 @@ def test_neighbours_see_a_site_that_a_linear_probe_cannot():
     ring = replace(where, h_NF=(radius_N * np.array([np.cos(angle_N), np.sin(angle_N)])).T.astype(np.float32))
     found = by_name(probes.site_predictability(ring, **RUN)[0])
     assert found["site", "balanced_accuracy"].value < 0.7
-    assert found["site", "balanced_accuracy_knn"].value > 0.97
+    for metric in ("balanced_accuracy_knn", "balanced_accuracy_boosting", "balanced_accuracy_knn_heldout"):
+        assert found["site", metric].value > 0.97
 
 
 def test_nothing_depends_on_the_scale_of_h():
@@ -364,14 +372,16 @@ def test_floor_is_chance_without_confounding_and_high_with_it():
             cohort(subjects=60, age_by_site=age_by_site, patients_at=()), regime="federated", seed=0, num_resamples=200
         )
         assert not notes
-        return {(e.stage, e.task): e for e in found}
+        return {(e.stage, e.task, e.metric): e for e in found}
 
     equal, apart = floor(0.0), floor(40.0)
-    assert equal["chance", "site"].value == pytest.approx(1 / 3)
-    assert equal["chance", "scanner"].value == 0.25
-    assert equal["age_sex_floor", "site"].low <= 1 / 3 <= equal["age_sex_floor", "site"].high
-    assert apart["age_sex_floor", "site"].value > 0.95
-    assert apart["age_sex_floor", "scanner"].value > 0.5
+    for ending in ("", "_heldout"):
+        assert equal["chance", "site", f"balanced_accuracy{ending}"].value == pytest.approx(1 / 3)
+        assert equal["chance", "scanner", f"balanced_accuracy{ending}"].value == 0.25
+    for metric in PROBES:
+        assert equal["age_sex_floor", "site", metric].low <= 1 / 3 <= equal["age_sex_floor", "site", metric].high
+        assert apart["age_sex_floor", "site", metric].value > 0.9
+        assert apart["age_sex_floor", "scanner", metric].value > 0.5
 
     ageless = replace(cohort(), age_years=np.full(180, np.nan))
     found, notes = probes.chance_and_floor(ageless, regime="federated", seed=0)

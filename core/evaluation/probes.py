@@ -1,41 +1,70 @@
 """Frozen probes: what can be read from a representation of held-out subjects.
 
-Every probe is fitted on the scans of split `train`, z-scored with their statistics, its regularisation chosen by 5-fold
-cross-validation over train subjects, and scored on the scans of split `test`. Intervals resample test subjects; the
+A probe is fitted on the scans of split `train`, z-scored with their statistics, its regularisation chosen by 5-fold
+cross-validation over train subjects, and scored on the scans of split `test`. The probes named `heldout` never see
+`train`: they are cross-validated among the test subjects, because an eraser or a harmonisation that was fitted on `train`
+can hide the site from every probe fitted there and still leave it in new subjects. Intervals resample test subjects; the
 fitted probe is kept, so they tell how far other subjects could move the figure, not another training.
 
-Shapes: N scans, F features, K classes. Everything is deterministic given the seed.
+Shapes: N scans, F features, K classes, A regularisation strengths. Everything is deterministic given the seed.
 """
 
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
-from sklearn.preprocessing import SplineTransformer, StandardScaler
+from sklearn.preprocessing import StandardScaler
 
 from core.evaluation.embeddings import Embeddings
-from core.evaluation.intervals import Evaluation, NotEvaluableError, subject_bootstrap
+from core.evaluation.intervals import Evaluation, NotEvaluableError
+from core.evaluation.openbhb import openbhb_outcomes
+from core.evaluation.outcomes import (
+    Floats,
+    Ints,
+    Ledger,
+    Notes,
+    Outcome,
+    Results,
+    area_under_curve,
+    balanced_accuracy,
+    explained_share,
+    mean_absolute_error,
+    mean_bias,
+    slope,
+)
+from core.evaluation.participants import (
+    MIN_TRAIN_SUBJECTS,
+    Attribute,
+    age_and_sex,
+    at_sites,
+    healthy_scans,
+    healthy_with_age,
+    held_out_classes,
+    labels_of,
+    num_subjects,
+    site_classes,
+    train_test,
+)
+from core.evaluation.spread import spread_outcomes
 
 logger = logging.getLogger(__name__)
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-Results = tuple[list[Evaluation], list[str]]
-Statistic = Callable[[npt.NDArray[np.intp]], float]
 
 LOGISTIC_C = (1e-2, 1e-1, 1e0, 1e1, 1e2)
 RIDGE_ALPHAS = tuple(10.0**exponent for exponent in range(-2, 5))
 NUM_FOLDS = 5
-MIN_TRAIN_SUBJECTS = 5
 NUM_NEIGHBORS = 10
+MAX_BOOSTED_COMPONENTS = 50
+BOOSTING = {"max_iter": 50, "learning_rate": 0.1, "max_leaf_nodes": 8, "min_samples_leaf": 5, "max_bins": 31}
 
 
 def evaluate(
@@ -46,77 +75,125 @@ def evaluate(
     seed: int,
     num_resamples: int = 1000,
     known_sites: Collection[str] | None = None,
+    official: bool = False,
+    outcomes: tuple[list[Outcome], list[str]] | None = None,
 ) -> Results:
-    """Every probe the data allow: site and scanner predictability, age, sex, diagnosis.
+    """Every figure the data allow: site and scanner predictability, age, sex, diagnosis, and how sites lie.
 
     Args:
         embeddings: Train and test scans.
-        stage: raw, untrained or pretrained.
+        stage: raw, untrained, pretrained or erased; another word for somebody else's representation.
         regime: federated, pooled or local-only.
         seed: Of the run.
         num_resamples: Of the bootstrap.
         known_sites: The sites that took part in pretraining; site, scanner and age are probed there, and age also at
             the other sites as unseen ones. All sites when not given.
+        official: Whether to add the OpenBHB protocol, whose solver is slow: minutes with many sites.
+        outcomes: What `probe_outcomes` gave for these scans and arguments, when it is at hand.
 
     Returns:
         The evaluations, and one note for each task or figure that could not be evaluated and each group left out.
         The constants to compare with come from `chance_and_floor`, once a run.
     """
-    settings: dict[str, Any] = {"stage": stage, "regime": regime, "seed": seed, "num_resamples": num_resamples}
-    at_known = embeddings.select(_at_sites(embeddings, known_sites))
-    return _all_that_apply(
-        partial(site_predictability, at_known, attribute="site", **settings),
-        partial(site_predictability, at_known, attribute="scanner", **settings),
-        partial(age_error, embeddings, known_sites=known_sites, **settings),
-        partial(sex_auc, embeddings, **settings),
-        partial(diagnosis_auc, embeddings, **settings),
-    )
+    found, texts = outcomes or probe_outcomes(embeddings, seed=seed, known_sites=known_sites, official=official)
+    ledger = Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
+    ledger.notes.texts += [text if text.startswith("Not evaluated: ") else f"{stage}: {text}" for text in texts]
+    return ledger.add(found).results
+
+
+def probe_outcomes(
+    embeddings: Embeddings, *, seed: int, known_sites: Collection[str] | None = None, official: bool = False
+) -> tuple[list[Outcome], list[str]]:
+    """What every probe and distribution figure says of each held-out scan.
+
+    Two tables of the same scans give outcomes that `outcomes.paired_difference` compares; `evaluate` turns them into figures
+    without fitting a probe again.
+
+    Args:
+        embeddings: Train and test scans.
+        seed: Of folds and draws.
+        known_sites: As in `evaluate`.
+        official: As in `evaluate`.
+
+    Returns:
+        Outcomes over all sites and, of age, at each; notes on what is missing and why.
+    """
+    notes = Notes()
+    at_known = embeddings.select(at_sites(embeddings, known_sites))
+    tasks: list[Callable[[], list[Outcome]]] = [
+        partial(_site_outcomes, at_known, "site", notes, seed=seed),
+        partial(_held_out_outcomes, at_known, "site", notes, seed=seed),
+        partial(_site_outcomes, at_known, "scanner", notes, seed=seed),
+        partial(_held_out_outcomes, at_known, "scanner", notes, seed=seed),
+        partial(spread_outcomes, at_known, notes, seed=seed),
+        partial(_age_outcomes, embeddings, notes, seed=seed, known_sites=known_sites),
+        partial(_leave_site_out_outcomes, at_known, notes, seed=seed),
+        partial(_sex_outcomes, embeddings, notes, seed=seed),
+        partial(_diagnosis_outcomes, embeddings, notes, seed=seed),
+    ]
+    if official:
+        tasks.append(partial(openbhb_outcomes, embeddings, notes, seed=seed, known_sites=known_sites))
+    return _all_that_apply(tasks, notes), list(dict.fromkeys(notes.texts))
 
 
 def chance_and_floor(embeddings: Embeddings, *, regime: str, seed: int, num_resamples: int = 1000) -> Results:
     """What site predictability is compared with: chance, and what age and sex alone give away.
 
-    Chance is 1 / number of sites. The floor is the linear site probe on a spline of age, and sex, in place of h: site
-    is confounded with age, so a representation that keeps all of age cannot be expected below it. The same for
-    scanners. Call it once a run, with the embeddings of any stage: h is not used. Healthy scans without age or sex
+    Chance is 1 / number of sites: of the probes fitted on train, and of those among held-out subjects, where fewer sites may have
+    enough. The floor is every site probe on a spline of age, and sex, in place of h, each under the metric of the probe it is
+    the floor of: site is confounded with age, so a representation that keeps all of age cannot be expected below it. The
+    same for scanners. Call it once a run, with the embeddings of any stage: h is not used. Healthy scans without age or sex
     take no part in the floor.
 
     Returns:
         Evaluations of stages chance and age_sex_floor, and notes.
     """
+    ledger = Ledger(stage="age_sex_floor", regime=regime, seed=seed, num_resamples=num_resamples)
+    healthy = healthy_scans(embeddings, ledger.notes)
+    known = np.isfinite(healthy.age_years) & (healthy.sex != "")
 
-    def compare(attribute: Literal["site", "scanner"]) -> Results:
-        ledger = _Ledger(stage="age_sex_floor", regime=regime, seed=seed, num_resamples=num_resamples)
-        healthy = _healthy(embeddings, ledger)
-        _, test, classes = _site_classes(healthy, attribute, ledger)
-        chance = Evaluation(
-            stage="chance",
-            task=attribute,
-            metric="balanced_accuracy",
-            value=1 / len(classes),
-            low=None,
-            high=None,
-            regime=regime,
-            site="all",
-            num_subjects=len(np.unique(test.subjects)),
-            seed=seed,
+    def chance(attribute: Attribute, metric: str, num_classes: int, test: Embeddings) -> None:
+        ledger.evaluations.append(
+            Evaluation(
+                stage="chance",
+                task=attribute,
+                metric=metric,
+                value=1 / num_classes,
+                low=None,
+                high=None,
+                regime=regime,
+                site="all",
+                num_subjects=num_subjects(test),
+                seed=seed,
+            )
         )
-        known = np.isfinite(healthy.age_years) & (healthy.sex != "")
-        if not known.any():
-            ledger.note(f"{attribute}: no healthy scan has both an age and a sex")
-            return [chance, *ledger.evaluations], ledger.notes
-        if not known.all():
-            ledger.note(f"{attribute}: {(~known).sum()} healthy scans without age or sex take no part")
-        _score_site_probe(_age_and_sex(healthy.select(known)), attribute, ledger, with_neighbors=False)
-        return [chance, *ledger.evaluations], ledger.notes
 
-    return _all_that_apply(partial(compare, "site"), partial(compare, "scanner"))
+    def of_train(attribute: Attribute) -> list[Outcome]:
+        _, test, classes = site_classes(healthy, attribute, ledger.notes)
+        chance(attribute, "balanced_accuracy", len(classes), test)
+        return floor(_site_outcomes, attribute)
+
+    def of_held_out(attribute: Attribute) -> list[Outcome]:
+        test, classes = held_out_classes(healthy, attribute, ledger.notes)
+        chance(attribute, "balanced_accuracy_heldout", len(classes), test)
+        return floor(_held_out_outcomes, attribute)
+
+    def floor(outcomes_of: Callable[..., list[Outcome]], attribute: Attribute) -> list[Outcome]:
+        if not known.any():
+            ledger.notes.add(f"{attribute}: no healthy scan has both an age and a sex")
+            return []
+        if not known.all():
+            ledger.notes.add(f"{attribute}: {(~known).sum()} healthy scans without age or sex take no part")
+        return outcomes_of(age_and_sex(healthy.select(known)), attribute, ledger.notes, seed=seed)
+
+    tasks = [partial(of, attribute) for attribute in ("site", "scanner") for of in (of_train, of_held_out)]
+    return ledger.add(_all_that_apply(tasks, ledger.notes)).results
 
 
 def site_predictability(
     embeddings: Embeddings,
     *,
-    attribute: Literal["site", "scanner"] = "site",
+    attribute: Attribute = "site",
     stage: str,
     regime: str,
     seed: int,
@@ -125,16 +202,22 @@ def site_predictability(
     """Balanced accuracy of predicting the site (or scanner) of healthy subjects from h.
 
     A linear probe (multinomial logistic regression) and, because a linear one can be fooled, 10 nearest neighbours with
-    votes weighted by inverse class frequency. A scanner is one scanner of one site. A class takes part with at least
-    5 train subjects and 1 test subject; the others are named in the notes. In a resample without any subject of a class
-    the mean runs over the classes it has.
+    votes weighted by inverse class frequency, and gradient-boosted trees on at most 50 principal components. A scanner is one
+    scanner of one site. A class takes part with at least 5 train subjects and 1 test subject; the others are named in
+    the notes. In a resample without any subject of a class the mean runs over the classes it has.
+
+    The linear probe and the neighbours also among held-out subjects alone (`balanced_accuracy_heldout`,
+    `balanced_accuracy_knn_heldout`): cross-validated over test subjects, the choice of C inside each fold, classes with at
+    least 5 of them. Far fewer scans fit these probes, so they are weaker: compare them with their own chance and floor.
+    Clearly below chance, they say that whatever removed the site had met these scans.
 
     Raises:
         NotEvaluableError: Fewer than 2 such classes, or scanners that are the sites.
     """
-    ledger = _Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
-    _score_site_probe(_healthy(embeddings, ledger), attribute, ledger, with_neighbors=True)
-    return ledger.evaluations, ledger.notes
+    ledger = Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
+    outcomes = _site_outcomes(embeddings, attribute, ledger.notes, seed=seed)
+    outcomes += _all_that_apply([partial(_held_out_outcomes, embeddings, attribute, ledger.notes, seed=seed)], ledger.notes)
+    return ledger.add(outcomes).results
 
 
 def age_error(
@@ -146,45 +229,23 @@ def age_error(
     num_resamples: int = 1000,
     known_sites: Collection[str] | None = None,
 ) -> Results:
-    """Mean absolute error in years (overall and by site) and R2 of age from h by ridge regression, healthy subjects.
+    """Error in years of age from h by ridge regression, healthy subjects: mean absolute error, bias, R2 and slope.
 
-    With `known_sites` the probe is fitted and tested there, and its error on every healthy subject of the other sites,
-    which neither it nor the encoder has met, is metric `mae_unseen`.
+    `mae` and `bias` (predicted minus true) overall and by site; `r2` and `slope` (of predicted on true: below 1 the old are
+    taken for too young) overall. With `known_sites` the probe is fitted and tested there, and its error on every healthy
+    subject of the other sites, which neither it nor the encoder has met, is `mae_unseen` and `bias_unseen`.
+
+    `mae_leave_site_out`: the same test subjects, each scored by a ridge fitted on the train subjects of all other known
+    sites. Its difference from `mae` is what it costs the probe not to have met the site; the encoder has met it.
 
     Raises:
         NotEvaluableError: Fewer than 5 train or 1 test subjects with an age.
     """
-    ledger = _Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
-    healthy = _healthy(embeddings, ledger)
-    with_age = np.isfinite(healthy.age_years)
-    if not with_age.all():
-        ledger.note(f"age: {(~with_age).sum()} healthy scans without an age take no part")
-    healthy = healthy.select(with_age)
-    at_known = _at_sites(healthy, known_sites)
-    train, test = _train_test(healthy.select(at_known))
-    num_train, num_test = len(np.unique(train.subjects)), len(np.unique(test.subjects))
-    if num_train < MIN_TRAIN_SUBJECTS or num_test < 1:
-        raise NotEvaluableError(
-            f"age: healthy subjects with an age must be at least {MIN_TRAIN_SUBJECTS} in train and 1 in test, "
-            f"got {(num_train, num_test)!r}."
-        )
-    scaler = StandardScaler().fit(train.h_NF.astype(np.float64))
-    fold_N = _folds(train.subjects, np.zeros(len(train), dtype=np.int64), seed)
-    folds = [(np.flatnonzero(fold_N != fold), np.flatnonzero(fold_N == fold)) for fold in range(NUM_FOLDS)]
-    ridge = RidgeCV(RIDGE_ALPHAS, cv=folds, scoring="neg_mean_absolute_error")
-    ridge.fit(scaler.transform(train.h_NF.astype(np.float64)), train.age_years)
-
-    for metric, scans in (("mae", test), ("mae_unseen", healthy.select(~at_known))):
-        if not len(scans):
-            continue
-        error_N = scans.age_years - ridge.predict(scaler.transform(scans.h_NF.astype(np.float64)))
-        ledger.score("age", metric, _mean_magnitude(error_N), scans.subjects)
-        if metric == "mae":
-            ledger.score("age", "r2", _explained_share(scans.age_years, error_N), scans.subjects)
-        for name in np.unique(scans.site).tolist():
-            of_site = scans.site == name
-            ledger.score("age", metric, _mean_magnitude(error_N[of_site]), scans.subjects[of_site], site=name)
-    return ledger.evaluations, ledger.notes
+    ledger = Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
+    outcomes = _age_outcomes(embeddings, ledger.notes, seed=seed, known_sites=known_sites)
+    at_known = embeddings.select(at_sites(embeddings, known_sites))
+    outcomes += _all_that_apply([partial(_leave_site_out_outcomes, at_known, ledger.notes, seed=seed)], ledger.notes)
+    return ledger.add(outcomes).results
 
 
 def sex_auc(embeddings: Embeddings, *, stage: str, regime: str, seed: int, num_resamples: int = 1000) -> Results:
@@ -193,12 +254,8 @@ def sex_auc(embeddings: Embeddings, *, stage: str, regime: str, seed: int, num_r
     Raises:
         NotEvaluableError: A sex with fewer than 5 train or 1 test subjects.
     """
-    ledger = _Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
-    known = embeddings.sex != ""
-    if not known.all():
-        ledger.note(f"sex: {(~known).sum()} scans of unknown sex take no part")
-    _score_binary_probe(embeddings.select(known), "sex", ("F", "M"), ledger)
-    return ledger.evaluations, ledger.notes
+    ledger = Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
+    return ledger.add(_sex_outcomes(embeddings, ledger.notes, seed=seed)).results
 
 
 def diagnosis_auc(embeddings: Embeddings, *, stage: str, regime: str, seed: int, num_resamples: int = 1000) -> Results:
@@ -209,15 +266,8 @@ def diagnosis_auc(embeddings: Embeddings, *, stage: str, regime: str, seed: int,
     Raises:
         NotEvaluableError: A diagnosis with fewer than 5 train or 1 test subjects at those sites.
     """
-    ledger = _Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
-    train = embeddings.select(embeddings.split == "train")
-    both = sorted(set(train.site[train.diagnosis == "patient"].tolist()) & set(train.site[train.diagnosis == "control"].tolist()))
-    others = sorted(set(embeddings.site.tolist()) - set(both))
-    if both and others:
-        ledger.note(f"diagnosis: sites without both patients and controls in train take no part: {', '.join(others)}")
-    known = np.isin(embeddings.site, both) & (embeddings.diagnosis != "")
-    _score_binary_probe(embeddings.select(known), "diagnosis", ("control", "patient"), ledger)
-    return ledger.evaluations, ledger.notes
+    ledger = Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
+    return ledger.add(_diagnosis_outcomes(embeddings, ledger.notes, seed=seed)).results
 
 
 def evaluate_predictions(
@@ -260,18 +310,18 @@ def evaluate_predictions(
         raise ValueError(
             f"evaluate_predictions: scores must be probabilities, got {(scores.min(), scores.max())!r}; apply the sigmoid first."
         )
-    ledger = _Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
+    ledger = Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
     sites = np.unique(site)
     truth_N = np.asarray(labels).astype(np.int64)
     scores_N = np.asarray(scores).astype(np.float64)
     subject_N = np.unique(np.stack([np.searchsorted(sites, site), subjects]), axis=1, return_inverse=True)[1].reshape(-1)
     groups = {"all": np.full(len(site), True)} | ({str(name): site == name for name in sites} if len(sites) > 1 else {})
     for name, mask in groups.items():
-        auc = _area_under_curve(truth_N[mask], scores_N[mask])
-        accuracy = _balanced_accuracy(truth_N[mask], (scores_N[mask] >= 0.5).astype(np.int64))
+        auc = area_under_curve(truth_N[mask], scores_N[mask])
+        accuracy = balanced_accuracy(truth_N[mask], (scores_N[mask] >= 0.5).astype(np.int64))
         ledger.score(task, "auc", auc, subject_N[mask], site=name)
         ledger.score(task, "balanced_accuracy", accuracy, subject_N[mask], site=name)
-    return ledger.evaluations, ledger.notes
+    return ledger.results
 
 
 def planar_map(embeddings: Embeddings, *, seed: int = 0) -> Floats:
@@ -295,155 +345,133 @@ def planar_map(embeddings: Embeddings, *, seed: int = 0) -> Floats:
     return np.asarray(layout.fit_transform(reduced_NC), dtype=np.float64)
 
 
-@dataclass(kw_only=True)
-class _Ledger:
-    """Evaluations of one stage as they are made, and notes on what could not be."""
-
-    stage: str
-    regime: str
-    seed: int
-    num_resamples: int
-    evaluations: list[Evaluation] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        logger.info("%s: %s.", self.stage, text)
-        self.notes.append(f"{self.stage}: {text}.")
-
-    def score(self, task: str, metric: str, statistic: Statistic, subjects_N: Ints, *, site: str = "all") -> None:
-        """Add one evaluation with its interval, or the reason why there is none."""
+def _all_that_apply(tasks: Sequence[Callable[[], list[Outcome]]], notes: Notes) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for task in tasks:
         try:
-            value, low, high = subject_bootstrap(subjects_N, statistic, num_resamples=self.num_resamples, seed=self.seed)
+            outcomes += task()
         except NotEvaluableError as reason:
-            self.note(f"{task} {metric} at site {site} has no value: {str(reason).removesuffix('.')}")
-            return
-        self.evaluations.append(
-            Evaluation(
-                stage=self.stage,
-                task=task,
-                metric=metric,
-                value=value,
-                low=low,
-                high=high,
-                regime=self.regime,
-                site=site,
-                num_subjects=len(np.unique(subjects_N)),
-                seed=self.seed,
-            )
-        )
+            notes.refused(reason)
+    return outcomes
 
 
-def _all_that_apply(*probes: Callable[[], Results]) -> Results:
-    evaluations: list[Evaluation] = []
-    notes: list[str] = []
-    for probe in probes:
-        try:
-            more, remarks = probe()
-        except NotEvaluableError as reason:
-            logger.info("Not evaluated: %s", reason)
-            more, remarks = [], [f"Not evaluated: {reason}"]
-        evaluations += more
-        notes += remarks
-    return evaluations, list(dict.fromkeys(notes))
+def _of_scans(scans: Embeddings, task: str, metric: str, measure: Any, truth_N: Any, predicted_N: Any) -> Outcome:
+    return Outcome(
+        task=task,
+        metric=metric,
+        measure=measure,
+        truth_N=truth_N,
+        predicted_N=predicted_N,
+        subjects_N=scans.subjects,
+        site_N=scans.site,
+    )
 
 
-def _healthy(embeddings: Embeddings, ledger: _Ledger) -> Embeddings:
-    """Controls only, since diagnosis would confound site and age; all scans where no diagnosis is known at all."""
-    if (embeddings.diagnosis == "").all():
-        ledger.note("no scan has a diagnosis, all are taken as healthy for site, scanner and age")
-        return embeddings
-    unknown = int((embeddings.diagnosis == "").sum())
-    if unknown:
-        ledger.note(f"{unknown} scans of unknown diagnosis take no part in site, scanner and age")
-    return embeddings.select(embeddings.diagnosis == "control")
+def _site_outcomes(embeddings: Embeddings, attribute: Attribute, notes: Notes, *, seed: int) -> list[Outcome]:
+    train, test, classes = site_classes(healthy_scans(embeddings, notes), attribute, notes)
+    train_class_N = np.searchsorted(classes, labels_of(train, attribute))
+    test_class_N = np.searchsorted(classes, labels_of(test, attribute))
+    predicted = {
+        "balanced_accuracy": _logistic_probe(train, train_class_N, test, seed).argmax(axis=1),
+        "balanced_accuracy_knn": _neighbor_probe(train, train_class_N, test),
+        "balanced_accuracy_boosting": _boosting_probe(train, train_class_N, test, seed),
+    }
+    return [_of_scans(test, attribute, metric, balanced_accuracy, test_class_N, p_N) for metric, p_N in predicted.items()]
 
 
-def _at_sites(embeddings: Embeddings, names: Collection[str] | None) -> npt.NDArray[np.bool_]:
-    return np.full(len(embeddings), True) if names is None else np.isin(embeddings.site, sorted(names))
+def _held_out_outcomes(embeddings: Embeddings, attribute: Attribute, notes: Notes, *, seed: int) -> list[Outcome]:
+    scans, classes = held_out_classes(healthy_scans(embeddings, notes), attribute, notes)
+    class_N = np.searchsorted(classes, labels_of(scans, attribute))
+    fold_N = _folds(scans.subjects, class_N, seed)
+    linear_N, neighbors_N = np.empty_like(class_N), np.empty_like(class_N)
+    for fold in range(NUM_FOLDS):
+        inside = scans.select(fold_N != fold)
+        outside = scans.select(fold_N == fold)
+        linear_N[fold_N == fold] = _logistic_probe(inside, class_N[fold_N != fold], outside, seed).argmax(axis=1)
+        neighbors_N[fold_N == fold] = _neighbor_probe(inside, class_N[fold_N != fold], outside)
+    return [
+        _of_scans(scans, attribute, "balanced_accuracy_heldout", balanced_accuracy, class_N, linear_N),
+        _of_scans(scans, attribute, "balanced_accuracy_knn_heldout", balanced_accuracy, class_N, neighbors_N),
+    ]
 
 
-def _train_test(embeddings: Embeddings) -> tuple[Embeddings, Embeddings]:
-    return embeddings.select(embeddings.split == "train"), embeddings.select(embeddings.split == "test")
-
-
-def _age_and_sex(embeddings: Embeddings) -> Embeddings:
-    """The same scans with a cubic spline of age, and sex, in place of h."""
-    age_N1 = embeddings.age_years[:, None]
-    male_N1 = (embeddings.sex == "M").astype(np.float64)[:, None]
-    columns = [male_N1]
-    train_age = age_N1[embeddings.split == "train"]
-    if len(train_age) and train_age.min() < train_age.max():
-        spline = SplineTransformer(n_knots=5, degree=3, include_bias=False, extrapolation="constant").fit(train_age)
-        columns.append(spline.transform(age_N1))
-    return replace(embeddings, h_NF=np.hstack(columns).astype(np.float32))
-
-
-def _site_classes(
-    embeddings: Embeddings, attribute: Literal["site", "scanner"], ledger: _Ledger
-) -> tuple[Embeddings, Embeddings, list[str]]:
-    """Train and test scans of the sites or scanners that take part, and their names."""
-    label_N = _labels(embeddings, attribute)
-    if attribute == "scanner":
-        sites_without = sorted(set(embeddings.site[embeddings.scanner == ""].tolist()))
-        if sites_without:
-            ledger.note(f"scanner: unnamed scanners count as one a site at {', '.join(sites_without)}")
-        if len(np.unique(label_N)) == len(np.unique(embeddings.site)):
-            raise NotEvaluableError("scanner: a site must have two scanners to tell them from sites, got 1 at each.")
-    classes, small = [], []
-    for name in np.unique(label_N).tolist():
-        of_class = embeddings.select(label_N == name)
-        train, test = _train_test(of_class)
-        num_train, num_test = len(np.unique(train.subjects)), len(np.unique(test.subjects))
-        if num_train >= MIN_TRAIN_SUBJECTS and num_test >= 1:
-            classes.append(name)
-        else:
-            small.append(f"{name} ({num_train} train, {num_test} test)")
-    if small:
-        ledger.note(
-            f"{attribute}: left out for fewer than {MIN_TRAIN_SUBJECTS} train subjects or no test subject: {', '.join(small)}"
-        )
-    if len(classes) < 2:
+def _age_outcomes(
+    embeddings: Embeddings, notes: Notes, *, seed: int, known_sites: Collection[str] | None = None
+) -> list[Outcome]:
+    healthy = healthy_with_age(embeddings, notes)
+    at_known = at_sites(healthy, known_sites)
+    train, test = train_test(healthy.select(at_known))
+    num_train, num_test = num_subjects(train), num_subjects(test)
+    if num_train < MIN_TRAIN_SUBJECTS or num_test < 1:
         raise NotEvaluableError(
-            f"{attribute}: {attribute}s with at least {MIN_TRAIN_SUBJECTS} train subjects and 1 test subject must be "
-            f"at least 2, got {classes!r}."
+            f"age: healthy subjects with an age must be at least {MIN_TRAIN_SUBJECTS} in train and 1 in test, "
+            f"got {(num_train, num_test)!r}."
         )
-    return *_train_test(embeddings.select(np.isin(label_N, classes))), classes
+    predict = _ridge_probe(train, seed)
+    outcomes = []
+    for ending, scans in (("", test), ("_unseen", healthy.select(~at_known))):
+        if not len(scans):
+            continue
+        predicted_N = predict(scans)
+        mae = _of_scans(scans, "age", f"mae{ending}", mean_absolute_error, scans.age_years, predicted_N)
+        bias = replace(mae, metric=f"bias{ending}", measure=mean_bias)
+        outcomes += [mae, *mae.by_site()]
+        if not ending:
+            outcomes += [replace(mae, metric="r2", measure=explained_share), replace(mae, metric="slope", measure=slope)]
+        outcomes += [bias, *bias.by_site()]
+    return outcomes
 
 
-def _labels(embeddings: Embeddings, attribute: Literal["site", "scanner"]) -> npt.NDArray[np.str_]:
-    if attribute == "site":
-        return embeddings.site
-    return np.array([f"{site} / {scanner}" for site, scanner in zip(embeddings.site, embeddings.scanner, strict=True)])
+def _leave_site_out_outcomes(embeddings: Embeddings, notes: Notes, *, seed: int) -> list[Outcome]:
+    train, test = train_test(healthy_with_age(embeddings, notes))
+    predicted_N = np.full(len(test), np.nan)
+    for name in np.unique(test.site).tolist():
+        others = train.select(train.site != name)
+        if num_subjects(others) >= MIN_TRAIN_SUBJECTS:
+            predicted_N[test.site == name] = _ridge_probe(others, seed)(test.select(test.site == name))
+        else:
+            notes.add(f"age: site {name} cannot be left out, other sites have fewer than {MIN_TRAIN_SUBJECTS} train subjects")
+    scored = test.select(np.isfinite(predicted_N))
+    if not len(scored):
+        raise NotEvaluableError("age: a site must be left and others to fit the probe on for leave-site-out, got none.")
+    error = _of_scans(
+        scored, "age", "mae_leave_site_out", mean_absolute_error, scored.age_years, predicted_N[np.isfinite(predicted_N)]
+    )
+    return [error, *error.by_site()]
 
 
-def _score_site_probe(
-    embeddings: Embeddings, attribute: Literal["site", "scanner"], ledger: _Ledger, *, with_neighbors: bool
-) -> None:
-    train, test, classes = _site_classes(embeddings, attribute, ledger)
-    train_class_N = np.searchsorted(classes, _labels(train, attribute))
-    test_class_N = np.searchsorted(classes, _labels(test, attribute))
-    decision_NK = _logistic_probe(train, train_class_N, test, ledger.seed)
-    linear = _balanced_accuracy(test_class_N, decision_NK.argmax(axis=1))
-    ledger.score(attribute, "balanced_accuracy", linear, test.subjects)
-    if with_neighbors:
-        neighbors = _balanced_accuracy(test_class_N, _neighbor_probe(train, train_class_N, test))
-        ledger.score(attribute, "balanced_accuracy_knn", neighbors, test.subjects)
+def _sex_outcomes(embeddings: Embeddings, notes: Notes, *, seed: int) -> list[Outcome]:
+    known = embeddings.sex != ""
+    if not known.all():
+        notes.add(f"sex: {(~known).sum()} scans of unknown sex take no part")
+    return [_binary_outcome(embeddings.select(known), "sex", ("F", "M"), seed)]
 
 
-def _score_binary_probe(embeddings: Embeddings, task: str, names: tuple[str, str], ledger: _Ledger) -> None:
-    train, test = _train_test(embeddings)
+def _diagnosis_outcomes(embeddings: Embeddings, notes: Notes, *, seed: int) -> list[Outcome]:
+    train = embeddings.select(embeddings.split == "train")
+    both = sorted(set(train.site[train.diagnosis == "patient"].tolist()) & set(train.site[train.diagnosis == "control"].tolist()))
+    others = sorted(set(embeddings.site.tolist()) - set(both))
+    if both and others:
+        notes.add(f"diagnosis: sites without both patients and controls in train take no part: {', '.join(others)}")
+    known = np.isin(embeddings.site, both) & (embeddings.diagnosis != "")
+    return [_binary_outcome(embeddings.select(known), "diagnosis", ("control", "patient"), seed)]
+
+
+def _binary_outcome(embeddings: Embeddings, task: str, names: tuple[str, str], seed: int) -> Outcome:
+    train, test = train_test(embeddings)
     train_label_N = (getattr(train, task) == names[1]).astype(np.int64)
     test_label_N = (getattr(test, task) == names[1]).astype(np.int64)
     for value, name in enumerate(names):
-        num_train = len(np.unique(train.subjects[train_label_N == value]))
-        num_test = len(np.unique(test.subjects[test_label_N == value]))
+        num_train = num_subjects(train.select(train_label_N == value))
+        num_test = num_subjects(test.select(test_label_N == value))
         if num_train < MIN_TRAIN_SUBJECTS or num_test < 1:
             raise NotEvaluableError(
                 f"{task}: subjects labelled {name} must be at least {MIN_TRAIN_SUBJECTS} in train and 1 in test, "
                 f"got {(num_train, num_test)!r}."
             )
-    decision_NK = _logistic_probe(train, train_label_N, test, ledger.seed)
-    ledger.score(task, "auc", _area_under_curve(test_label_N, decision_NK[:, 1]), test.subjects)
+    decision_N = _logistic_probe(train, train_label_N, test, seed)[:, 1]
+    # Ranks, so that the predictions of two representations can be exchanged in a paired test.
+    return _of_scans(test, task, "auc", area_under_curve, test_label_N, rankdata(decision_N) / len(decision_N))
 
 
 def _folds(subjects_N: Ints, class_N: Ints, seed: int) -> Ints:
@@ -456,13 +484,18 @@ def _folds(subjects_N: Ints, class_N: Ints, seed: int) -> Ints:
     return fold_S[code_N]
 
 
+def _z_scored(train: Embeddings, test: Embeddings) -> tuple[Floats, Floats]:
+    """Both h in units of the train scans' standard deviation about their mean; 0 where a feature does not vary in train."""
+    scaler = StandardScaler().fit(train.h_NF.astype(np.float64))
+    return scaler.transform(train.h_NF.astype(np.float64)), scaler.transform(test.h_NF.astype(np.float64))
+
+
 def _logistic_probe(train: Embeddings, class_N: Ints, test: Embeddings, seed: int) -> Floats:
     """(N test, K) decision values of the logistic probe whose C has the best out-of-fold balanced accuracy.
 
     Among equals the smallest C is taken. Class-balanced weights; two classes give the columns (-d, d).
     """
-    scaler = StandardScaler().fit(train.h_NF.astype(np.float64))
-    x_NF = scaler.transform(train.h_NF.astype(np.float64))
+    x_NF, test_NF = _z_scored(train, test)
     fold_N = _folds(train.subjects, class_N, seed)
     predicted_CN = np.empty((len(LOGISTIC_C), len(class_N)), dtype=np.int64)
     for fold in range(NUM_FOLDS):
@@ -471,9 +504,9 @@ def _logistic_probe(train: Embeddings, class_N: Ints, test: Embeddings, seed: in
             model.set_params(C=c).fit(x_NF[fold_N != fold], class_N[fold_N != fold])
             predicted_CN[i, fold_N == fold] = model.predict(x_NF[fold_N == fold])
     every_scan = np.arange(len(class_N))
-    accuracy_C = [_balanced_accuracy(class_N, predicted_N)(every_scan) for predicted_N in predicted_CN]
+    accuracy_C = [balanced_accuracy(class_N, predicted_N)(every_scan) for predicted_N in predicted_CN]
     model = _logistic().set_params(C=LOGISTIC_C[int(np.argmax(accuracy_C))]).fit(x_NF, class_N)
-    decision = np.asarray(model.decision_function(scaler.transform(test.h_NF.astype(np.float64))))
+    decision = np.asarray(model.decision_function(test_NF))
     return decision if decision.ndim == 2 else np.stack([-decision, decision], axis=1)
 
 
@@ -483,54 +516,46 @@ def _logistic() -> LogisticRegression:
 
 def _neighbor_probe(train: Embeddings, class_N: Ints, test: Embeddings) -> Ints:
     """(N test,) class with most votes among 10 nearest train scans, each vote weighted by inverse class frequency."""
-    scaler = StandardScaler().fit(train.h_NF.astype(np.float64))
-    neighbors = NearestNeighbors(n_neighbors=min(NUM_NEIGHBORS, len(train)), algorithm="brute")
-    neighbors.fit(scaler.transform(train.h_NF.astype(np.float64)))
-    nearest_NV = neighbors.kneighbors(scaler.transform(test.h_NF.astype(np.float64)), return_distance=False)
+    x_NF, test_NF = _z_scored(train, test)
+    neighbors = NearestNeighbors(n_neighbors=min(NUM_NEIGHBORS, len(train)), algorithm="brute").fit(x_NF)
+    nearest_NV = neighbors.kneighbors(test_NF, return_distance=False)
     votes_NK = (class_N[nearest_NV][:, :, None] == np.arange(class_N.max() + 1)).sum(axis=1)
     return np.asarray((votes_NK / np.bincount(class_N)).argmax(axis=1))
 
 
-def _balanced_accuracy(truth_N: Ints, predicted_N: Ints) -> Statistic:
-    """Mean recall over the classes among the chosen scans; nan when there is only one."""
-    hit_N = (truth_N == predicted_N).astype(np.float64)
-    num_classes = int(truth_N.max()) + 1
+def _boosting_probe(train: Embeddings, class_N: Ints, test: Embeddings, seed: int) -> Ints:
+    """(N test,) class by 50 rounds of small gradient-boosted trees, class-balanced weights, one fixed setting.
 
-    def statistic(chosen: npt.NDArray[np.intp]) -> float:
-        class_M = truth_N[chosen]
-        count_K = np.bincount(class_M, minlength=num_classes)
-        hits_K = np.bincount(class_M, weights=hit_N[chosen], minlength=num_classes)
-        present_K = count_K > 0
-        return float((hits_K[present_K] / count_K[present_K]).mean()) if present_K.sum() > 1 else float("nan")
-
-    return statistic
-
-
-def _area_under_curve(label_N: Ints, score_N: Floats) -> Statistic:
-    """Share of (positive, negative) pairs in the right order among the chosen scans, ties half; nan without a pair."""
-    levels, level_N = np.unique(score_N, return_inverse=True)
-    place_N = 2 * level_N + label_N
-
-    def statistic(chosen: npt.NDArray[np.intp]) -> float:
-        negative_L, positive_L = np.bincount(place_N[chosen], minlength=2 * len(levels)).reshape(-1, 2).T
-        pairs = negative_L.sum() * positive_L.sum()
-        won = (positive_L * (negative_L.cumsum() - negative_L / 2)).sum()
-        return float(won / pairs) if pairs else float("nan")
-
-    return statistic
+    More than 50 features are first reduced to the 50 principal components of z-scored train scans, for time: what lies in
+    the components left out is hidden from this probe, not from the linear one.
+    """
+    x_NF, test_NF = _z_scored(train, test)
+    if x_NF.shape[1] > MAX_BOOSTED_COMPONENTS:
+        _, _, axes = np.linalg.svd(x_NF, full_matrices=False)
+        x_NF, test_NF = x_NF @ axes[:MAX_BOOSTED_COMPONENTS].T, test_NF @ axes[:MAX_BOOSTED_COMPONENTS].T
+    model = HistGradientBoostingClassifier(**BOOSTING, class_weight="balanced", early_stopping=False, random_state=seed)
+    return np.asarray(model.fit(x_NF, class_N).predict(test_NF))
 
 
-def _mean_magnitude(error_N: Floats) -> Statistic:
-    magnitude_N = np.abs(error_N)
-    return lambda chosen: float(magnitude_N[chosen].mean())
+def _ridge_probe(train: Embeddings, seed: int) -> Callable[[Embeddings], Floats]:
+    """Scans -> age in years, by ridge regression on z-scored h, the penalty that of least out-of-fold absolute error."""
+    scaler = StandardScaler().fit(train.h_NF.astype(np.float64))
+    x_NF = scaler.transform(train.h_NF.astype(np.float64))
+    fold_N = _folds(train.subjects, np.zeros(len(train), dtype=np.int64), seed)
+    error_FA = []
+    for fold in range(NUM_FOLDS):
+        weights_AF, intercept_A = _ridge_path(x_NF[fold_N != fold], train.age_years[fold_N != fold])
+        predicted_NA = x_NF[fold_N == fold] @ weights_AF.T + intercept_A
+        error_FA.append(np.abs(predicted_NA - train.age_years[fold_N == fold][:, None]).mean(axis=0))
+    best = int(np.argmin(np.mean(error_FA, axis=0)))
+    weights_AF, intercept_A = _ridge_path(x_NF, train.age_years)
+    return lambda scans: scaler.transform(scans.h_NF.astype(np.float64)) @ weights_AF[best] + intercept_A[best]
 
 
-def _explained_share(truth_N: Floats, error_N: Floats) -> Statistic:
-    """R2 over the chosen scans; nan when the truth does not vary among them."""
-
-    def statistic(chosen: npt.NDArray[np.intp]) -> float:
-        truth_M = truth_N[chosen]
-        spread = np.square(truth_M - truth_M.mean()).sum()
-        return float(1 - np.square(error_N[chosen]).sum() / spread) if spread > 0 else float("nan")
-
-    return statistic
+def _ridge_path(x_NF: Floats, y_N: Floats) -> tuple[Floats, Floats]:
+    """(A, F) weights and (A,) intercepts of ridge regression at every penalty, from one decomposition."""
+    mean_F, mean = x_NF.mean(axis=0), y_N.mean()
+    left_NR, singular_R, axes_RF = np.linalg.svd(x_NF - mean_F, full_matrices=False)
+    shrunk_AR = singular_R / (np.square(singular_R) + np.array(RIDGE_ALPHAS)[:, None])
+    weights_AF = (shrunk_AR * (left_NR.T @ (y_N - mean))) @ axes_RF
+    return weights_AF, mean - weights_AF @ mean_F
