@@ -4,9 +4,9 @@ Nothing that names a subject or a path leaves: failures are logged at the site, 
 """
 
 import logging
-import math
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -20,22 +20,23 @@ from core.config import ConfigError, RunConfig, load_config
 from core.data.manifest import UnusableScansError
 from core.data.site import SiteData
 from core.data.table import TableError
-from core.erasure import group_means
-from core.evaluation.embeddings import Embeddings
+from core.erasure import covariates, scanner_sums
 from core.exchange import (
     ExchangeError,
     SiteError,
+    State,
     content,
     fingerprint,
     pack,
     pack_embeddings,
     pack_groups,
+    unpack,
     unpack_groups,
     unpack_reference,
     unpack_state,
 )
 from core.finetuning import Stage, diagnosis_codes, finetune
-from core.models import Classifier, Pretrainer, build_classifier, build_pretrainer, constants
+from core.models import CONSTANTS, Classifier, Pretrainer, Standardise, build_classifier, build_pretrainer, num_erased
 from core.moments import GroupMoments, feature_sums, site_moments
 from core.privacy import harden
 from core.scaling import input_sums
@@ -44,10 +45,41 @@ from core.training import NotFiniteError, TrainResult, embed, pretrain
 log = logging.getLogger("isocenter")
 app = ClientApp()
 
-Task = Callable[[RecordDict, RunConfig, Site, Holdings], RecordDict]
+
+@dataclass(frozen=True)
+class Work:
+    """What a task has at hand.
+
+    Attributes:
+        received: what the server sent.
+        config: the run's.
+        site: this one, with its policy.
+        held: its scans.
+        memory: what the site keeps for the run; Flower keeps it between messages.
+    """
+
+    received: RecordDict
+    config: RunConfig
+    site: Site
+    held: Holdings
+    memory: RecordDict
 
 
-def at_site(task: Task) -> Callable[[Message, Context], Message]:
+Task = Callable[[Work], RecordDict]
+Handler = Callable[[Message, Context], Message]
+
+
+def task(register: Callable[[Handler], Handler]) -> Callable[[Task], Task]:
+    """Register a function of the work as the handler of a kind of message."""
+
+    def decorate(function: Task) -> Task:
+        register(at_site(function))
+        return function
+
+    return decorate
+
+
+def at_site(function: Task) -> Handler:
     """Run a task as this node's site and let nothing but its answer, or a sentence made to be shared, leave."""
 
     def run(message: Message, context: Context) -> Message:
@@ -59,7 +91,8 @@ def at_site(task: Task) -> Callable[[Message, Context], Message]:
             site = this_site(context.node_config, config)
             if site.threads is not None:
                 torch.set_num_threads(site.threads)
-            return Message(content=task(received, config, site, holdings(site, config)), reply_to=message)
+            work = Work(received, config, site, holdings(site, config), context.state)
+            return Message(content=function(work), reply_to=message)
         except SiteError:
             raise
         except NotFiniteError as error:
@@ -86,182 +119,196 @@ def labelled(data: SiteData) -> SiteData:
     return data.select(lambda scan: scan.diagnosis in ("control", "patient"))
 
 
-def round_number(received: RecordDict) -> int:
+def round_number(work: Work) -> int:
     """The round a task belongs to."""
-    return cast(int, received.config_records["config"]["round"])
+    return cast(int, work.received.config_records["config"]["round"])
 
 
-def received_model(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> Pretrainer:
+def constants(work: Work) -> State:
+    """The weights that no one trains, as the server told them at the start of the run; none for volumes."""
+    if work.config.encoder.kind == "images":
+        return {}
+    if "constants" not in work.memory.array_records:
+        raise SiteError("constants", "this site must be told the run's constants, it has none: it was started anew.")
+    return unpack(work.memory.array_records["constants"], str(work.memory.config_records["constants-layout"]["layout"]))
+
+
+def received_model(work: Work) -> Pretrainer:
     """The run's encoder and projector with the weights received."""
+    told = constants(work)
     model = build_pretrainer(
-        config.encoder,
-        config.embedding_size,
-        config.seed,
-        num_classes=config.num_classes,
-        num_inputs=held.store.num_inputs,
+        work.config.encoder,
+        work.config.embedding_size,
+        work.config.seed,
+        num_classes=work.config.num_classes,
+        num_inputs=work.held.store.num_inputs,
+        num_erased=num_erased(told),
     )
-    load_strictly(model, unpack_state(received))
-    return model.to(site.device)
+    load_strictly(model, unpack_state(work.received) | told)
+    return model.to(work.site.device)
 
 
-def received_classifier(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> Classifier:
+def received_classifier(work: Work) -> Classifier:
     """The run's classifier with the weights received."""
-    model = build_classifier(config.encoder, 2, config.seed, num_inputs=held.store.num_inputs)
-    load_strictly(model, unpack_state(received))
-    return model.to(site.device)
+    told = constants(work)
+    model = build_classifier(
+        work.config.encoder, 2, work.config.seed, num_inputs=work.held.store.num_inputs, num_erased=num_erased(told)
+    )
+    load_strictly(model, unpack_state(work.received) | told)
+    return model.to(work.site.device)
 
 
-def trained(result: TrainResult, received: RecordDict, config: RunConfig) -> RecordDict:
-    """The answer to a training task."""
-    before = unpack_state(received)
-    after = {name: value.detach().cpu() for name, value in result.state.items()}
-    # What no one trains tells nothing of the site, and noise would spoil it.
-    arrays, layout = pack(harden(after, before, config.privacy) | constants(before))
+def trained(result: TrainResult, work: Work) -> RecordDict:
+    """The answer to a training task: every weight but the constants."""
+    before = unpack_state(work.received)
+    after = {name: result.state[name].detach().cpu() for name in before}
+    arrays, layout = pack(harden(after, before, work.config.privacy))
     metrics = MetricRecord({"num-examples": result.num_scans, **result.metrics})
     return content(arrays=arrays, metrics=metrics, config=ConfigRecord({"layout": layout}))
 
 
-@app.query("describe")
-def describe(message: Message, context: Context) -> Message:
+@task(app.query("describe"))
+def describe(work: Work) -> RecordDict:
     """Who this site is and how much it holds: counts only."""
-
-    def task(_: RecordDict, __: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        train = held.splits["train"]
-        return content(
-            config=ConfigRecord(
-                {
-                    "site": site.name,
-                    "scans": held.num_scans,
-                    "subjects": held.num_subjects,
-                    "scanners": held.num_scanners,
-                    "healthy-train-subjects": len({scan.subject for scan in healthy(train).scans}),
-                    "classes-in-train": len({scan.diagnosis for scan in labelled(train).scans}),
-                    "num-inputs": held.store.num_inputs,
-                    "inputs": held.store.signature,
-                    "problems": [f"{kind}={count}" for kind, count in sorted(held.problem_counts.items())],
-                    "device": site.device.type,
-                    "share-per-scan": site.share_per_scan,
-                }
-            )
+    site, held = work.site, work.held
+    train = held.splits["train"]
+    return content(
+        config=ConfigRecord(
+            {
+                "site": site.name,
+                "scans": held.num_scans,
+                "subjects": held.num_subjects,
+                "scanners": held.num_scanners,
+                "healthy-train-subjects": len({scan.subject for scan in healthy(train).scans}),
+                "classes-in-train": len({scan.diagnosis for scan in labelled(train).scans}),
+                "num-inputs": held.store.num_inputs,
+                "inputs": held.store.signature,
+                "problems": [f"{kind}={count}" for kind, count in sorted(held.problem_counts.items())],
+                "device": site.device.type,
+                "share-per-scan": site.share_per_scan,
+            }
         )
+    )
 
-    return at_site(task)(message, context)
+
+@task(app.query("constants"))
+def keep_constants(work: Work) -> RecordDict:
+    """Keep the weights that no one trains for the run."""
+    unpack_state(work.received, "constants")
+    work.memory.array_records["constants"] = work.received.array_records["constants"]
+    work.memory.config_records["constants-layout"] = work.received.config_records["config"]
+    return content()
 
 
-@app.train("pretrain")
-def train_pretrain(message: Message, context: Context) -> Message:
+@task(app.train("pretrain"))
+def train_pretrain(work: Work) -> RecordDict:
     """A round of contrastive pretraining on the site's healthy training scans."""
-
-    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        model = received_model(received, config, site, held)
-        widths = {"h": model.encoder.num_features, "z": config.embedding_size}
-        told = received.array_records
-        result = pretrain(
-            model,
-            healthy(held.splits["train"]),
-            config,
-            round_number=round_number(received),
-            device=site.device,
-            remote={
-                space: unpack_groups(GroupMoments, told[f"moments-{space}"], width, "server")
-                for space, width in widths.items()
-                if f"moments-{space}" in told
-            },
-            references={
-                space: unpack_reference(told[f"reference-{space}"], width, "server")
-                for space, width in widths.items()
-                if f"reference-{space}" in told
-            },
-        )
-        return trained(result, received, config)
-
-    return at_site(task)(message, context)
+    model = received_model(work)
+    widths = {"h": model.encoder.num_features, "z": work.config.embedding_size}
+    told = work.received.array_records
+    result = pretrain(
+        model,
+        healthy(work.held.splits["train"]),
+        work.config,
+        round_number=round_number(work),
+        device=work.site.device,
+        remote={
+            space: unpack_groups(GroupMoments, told[f"moments-{space}"], width, "server")
+            for space, width in widths.items()
+            if f"moments-{space}" in told
+        },
+        references={
+            space: unpack_reference(told[f"reference-{space}"], width, "server")
+            for space, width in widths.items()
+            if f"reference-{space}" in told
+        },
+    )
+    return trained(result, work)
 
 
-@app.query("inputs")
-def query_inputs(message: Message, context: Context) -> Message:
-    """Sums of the site's features as its table has them, for the standardisation, as far as the site's policy allows."""
-
-    def task(_: RecordDict, __: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        data = healthy(held.splits["train"]).first_scans()
-        rows_NI = data.inputs(range(len(data)), torch.device("cpu"))
-        return content(sums=ArrayRecord({"sums": Array(input_sums(rows_NI, site.moments).numpy())}))
-
-    return at_site(task)(message, context)
-
-
-def features_of_subjects(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> tuple[SiteData, torch.Tensor]:
-    """The healthy training subjects, one scan each, and their features (N, D) in the space asked for."""
-    data = healthy(held.splits["train"]).first_scans()
-    h_NF, z_ND = embed(received_model(received, config, site, held), data, site.device)
-    return data, (h_NF if received.config_records["config"]["space"] == "h" else z_ND).double()
+def input_rows(work: Work) -> tuple[SiteData, torch.Tensor]:
+    """The training subjects and their inputs (N, I): as the table has them, or, with constants told, as the encoder sees them."""
+    data = work.held.splits["train"].first_scans()
+    rows_NI = data.inputs(range(len(data)), torch.device("cpu"))
+    if "constants" in work.memory.array_records:
+        told = {name.removeprefix(CONSTANTS): value for name, value in constants(work).items()}
+        standardise = Standardise(rows_NI.shape[1], len(told["directions"]))
+        load_strictly(standardise, told)
+        rows_NI = standardise(rows_NI)
+    return data, rows_NI.detach()
 
 
-@app.query("sums")
-def query_sums(message: Message, context: Context) -> Message:
+@task(app.query("inputs"))
+def query_inputs(work: Work) -> RecordDict:
+    """Sums of the site's inputs, for the standardisation, as far as the site's policy allows."""
+    _, rows_NI = input_rows(work)
+    return content(sums=ArrayRecord({"sums": Array(input_sums(rows_NI, work.site.moments).numpy())}))
+
+
+def features_of_subjects(work: Work, data: SiteData) -> torch.Tensor:
+    """Features (N, D) of scans in the space asked for."""
+    h_NF, z_ND = embed(received_model(work), data, work.site.device)
+    return (h_NF if work.received.config_records["config"]["space"] == "h" else z_ND).double()
+
+
+@task(app.query("sums"))
+def query_sums(work: Work) -> RecordDict:
     """Sums of the site's features for the reference that all sites standardise by, as far as the site's policy allows."""
-
-    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        _, features_ND = features_of_subjects(received, config, site, held)
-        return content(sums=ArrayRecord({"sums": Array(feature_sums(features_ND, site.moments).numpy())}))
-
-    return at_site(task)(message, context)
+    features_ND = features_of_subjects(work, healthy(work.held.splits["train"]).first_scans())
+    return content(sums=ArrayRecord({"sums": Array(feature_sums(features_ND, work.site.moments).numpy())}))
 
 
-@app.query("moments")
-def query_moments(message: Message, context: Context) -> Message:
+@task(app.query("moments"))
+def query_moments(work: Work) -> RecordDict:
     """Moments of the site's standardised features by scanner and age, as far as the site's policy allows."""
+    data = healthy(work.held.splits["train"]).first_scans()
+    features_ND = features_of_subjects(work, data)
+    moments, withheld = site_moments(
+        unpack_reference(work.received.array_records["reference"], features_ND.shape[1], "server").rows(features_ND),
+        data.ages(),
+        data.scanner_codes(),
+        bin_years=work.config.debias.bin_years,
+        policy=work.site.moments,
+    )
+    return content(moments=pack_groups(moments), metrics=MetricRecord({"withheld-scans": withheld}))
 
-    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        data, features_ND = features_of_subjects(received, config, site, held)
-        reference = unpack_reference(received.array_records["reference"], features_ND.shape[1], "server")
-        moments, withheld = site_moments(
-            reference.rows(features_ND),
-            data.ages(),
-            data.scanner_codes(),
-            bin_years=config.debias.bin_years,
-            policy=site.moments,
+
+@task(app.query("scanners"))
+def query_scanners(work: Work) -> RecordDict:
+    """Sums of the site's standardised features by scanner, beside covariates, for the eraser, as far as the policy allows."""
+    debias = work.config.debias
+    if work.received.config_records["config"]["space"] == "input":
+        data, standard_NF = input_rows(work)
+    else:
+        data = work.held.splits["train"].first_scans()
+        features_NF = features_of_subjects(work, data)
+        standard_NF = unpack_reference(work.received.array_records["reference"], features_NF.shape[1], "server").standard(
+            features_NF
         )
-        return content(moments=pack_groups(moments), metrics=MetricRecord({"withheld-scans": withheld}))
-
-    return at_site(task)(message, context)
-
-
-@app.query("means")
-def query_means(message: Message, context: Context) -> Message:
-    """Means of the site's standardised features by scanner and age, for the eraser, as far as the site's policy allows."""
-
-    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        data, features_ND = features_of_subjects(received, config, site, held)
-        means = group_means(
-            features_ND,
-            data.ages(),
-            data.scanner_codes(),
-            reference=unpack_reference(received.array_records["reference"], features_ND.shape[1], "server"),
-            bin_years=config.debias.bin_years,
-            policy=site.moments,
-        )
-        return content(means=pack_groups(means))
-
-    return at_site(task)(message, context)
+    taken = [
+        i
+        for i, scan in enumerate(data.scans)
+        if scan.diagnosis == "control" or (debias.erase_patients and scan.diagnosis == "patient")
+    ]
+    given_NP = covariates(data.ages(), data.sexes(), data.patients(), age_degree=debias.erase_age_degree)
+    sums, withheld = scanner_sums(
+        standard_NF.double()[taken], given_NP[taken], data.scanner_codes()[taken], policy=work.site.moments
+    )
+    return content(scanners=pack_groups(sums), metrics=MetricRecord({"withheld-subjects": withheld}))
 
 
-@app.train("finetune")
-def train_finetune(message: Message, context: Context) -> Message:
+@task(app.train("finetune"))
+def train_finetune(work: Work) -> RecordDict:
     """A round of fine-tuning on the site's labelled training scans."""
-
-    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        result = finetune(
-            received_classifier(received, config, site, held),
-            labelled(held.splits["train"]),
-            config,
-            stage=cast(Stage, received.config_records["config"]["stage"]),
-            round_number=round_number(received),
-            device=site.device,
-        )
-        return trained(result, received, config)
-
-    return at_site(task)(message, context)
+    result = finetune(
+        received_classifier(work),
+        labelled(work.held.splits["train"]),
+        work.config,
+        stage=cast(Stage, work.received.config_records["config"]["stage"]),
+        round_number=round_number(work),
+        device=work.site.device,
+    )
+    return trained(result, work)
 
 
 def refuse_unless_shared(site: Site) -> None:
@@ -270,49 +317,25 @@ def refuse_unless_shared(site: Site) -> None:
         raise SiteError("policy", "this site keeps the results of single scans at home (share-per-scan is not true).")
 
 
-@app.query("embed")
-def query_embed(message: Message, context: Context) -> Message:
+@task(app.query("embed"))
+def query_embed(work: Work) -> RecordDict:
     """Representations of the site's scans with the labels the probes need, without ids; only where the site shares them."""
-
-    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        refuse_unless_shared(site)
-        model = received_model(received, config, site, held)
-        subjects = sorted({scan.subject for data in held.splits.values() for scan in data.scans})
-        parts = []
-        for split in ("train", "test"):
-            data = held.splits[split]
-            h_NF, _ = embed(model, data, site.device)
-            parts.append(
-                Embeddings(
-                    h_NF=h_NF.numpy(),
-                    subject=np.array([subjects.index(scan.subject) for scan in data.scans]),
-                    site=np.array([site.name] * len(data)),
-                    scanner=np.array([scan.scanner for scan in data.scans]),
-                    sex=np.array([scan.sex or "" for scan in data.scans]),
-                    diagnosis=np.array([scan.diagnosis or "" for scan in data.scans]),
-                    split=np.array([split] * len(data)),
-                    age_years=np.array([math.nan if s.age_years is None else s.age_years for s in data.scans]),
-                )
-            )
-        return content(embeddings=pack_embeddings(Embeddings.concatenate(parts)))
-
-    return at_site(task)(message, context)
+    refuse_unless_shared(work.site)
+    model = received_model(work)
+    h = {split: embed(model, work.held.splits[split], work.site.device)[0].numpy() for split in ("train", "test")}
+    return content(embeddings=pack_embeddings(work.held.embeddings(h)))
 
 
-@app.query("predict")
-def query_predict(message: Message, context: Context) -> Message:
+@task(app.query("predict"))
+def query_predict(work: Work) -> RecordDict:
     """Scores of a classifier on the site's test scans with their labels, without ids; only where the site shares them."""
-
-    def task(received: RecordDict, config: RunConfig, site: Site, held: Holdings) -> RecordDict:
-        refuse_unless_shared(site)
-        data = labelled(held.splits["test"])
-        (logits_NC,) = embed(received_classifier(received, config, site, held), data, site.device)
-        subjects = sorted({scan.subject for scan in data.scans})
-        scores = {
-            "score": logits_NC.softmax(dim=1)[:, 1].double().numpy(),
-            "label": diagnosis_codes(data).numpy(),
-            "subject": np.array([subjects.index(scan.subject) for scan in data.scans]),
-        }
-        return content(predictions=ArrayRecord({name: Array(value) for name, value in scores.items()}))
-
-    return at_site(task)(message, context)
+    refuse_unless_shared(work.site)
+    data = labelled(work.held.splits["test"])
+    (logits_NC,) = embed(received_classifier(work), data, work.site.device)
+    subjects = sorted({scan.subject for scan in data.scans})
+    scores = {
+        "score": logits_NC.softmax(dim=1)[:, 1].double().numpy(),
+        "label": diagnosis_codes(data).numpy(),
+        "subject": np.array([subjects.index(scan.subject) for scan in data.scans]),
+    }
+    return content(predictions=ArrayRecord({name: Array(value) for name, value in scores.items()}))

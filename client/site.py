@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from core.config import RunConfig
 from core.data.manifest import check_problem_share, split_by_subject
 from core.data.site import SiteData, Source, Store
+from core.evaluation.embeddings import Embeddings
 from core.exchange import SiteError
 from core.moments import MomentPolicy
 
@@ -130,6 +133,26 @@ class Holdings:
     num_scans: int
     num_subjects: int
     num_scanners: int
+
+    def embeddings(self, h: Mapping[str, npt.NDArray[np.float32]]) -> Embeddings:
+        """The representations h (N, F) of the scans of some splits beside their labels, without ids."""
+        subjects = sorted({scan.subject for data in self.splits.values() for scan in data.scans})
+        parts = []
+        for split, h_NF in h.items():
+            data = self.splits[split]
+            parts.append(
+                Embeddings(
+                    h_NF=h_NF,
+                    subject=np.array([subjects.index(scan.subject) for scan in data.scans], dtype=np.int64),
+                    site=np.array([data.site] * len(data), dtype=np.str_),
+                    scanner=np.array([scan.scanner for scan in data.scans], dtype=np.str_),
+                    sex=np.array([scan.sex or "" for scan in data.scans], dtype=np.str_),
+                    diagnosis=np.array([scan.diagnosis or "" for scan in data.scans], dtype=np.str_),
+                    split=np.array([split] * len(data), dtype=np.str_),
+                    age_years=data.ages().numpy(),
+                )
+            )
+        return Embeddings.concatenate(parts)
 
 
 @lru_cache(maxsize=64)

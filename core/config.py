@@ -141,9 +141,9 @@ class TableData(DataConfig):
 
 
 class DebiasConfig(Closed):
-    """FairKL against site and scanner, or none."""
+    """FairKL against site and scanner, erasure of site and scanner, both or none."""
 
-    name: Literal["fairkl", "none"]
+    name: Literal["fairkl", "erasure", "none"]
     weight: Annotated[float, Field(ge=0, lt=1e6)] = 0.0
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
     kernel: Kernel = Field(default_factory=Kernel)
@@ -152,12 +152,17 @@ class DebiasConfig(Closed):
     space: Literal["h", "z", "both"] = "h"
     exchange_every: Annotated[int, Field(ge=0)] = 0
     bin_years: Positive = 5.0
-    erase: bool = False
+    erase: Literal["none", "auto", "input", "h", "both"] = "none"
+    erase_age_degree: Literal[1, 2] = 1
+    erase_patients: bool = True
+    erase_directions: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DebiasConfig":
-        if (self.name == "none") != (self.weight == 0):
-            raise ValueError("weight must be positive with fairkl and absent with none; use debias=none to switch off")
+        if (self.name == "fairkl") != (self.weight > 0):
+            raise ValueError("weight must be positive with fairkl and absent otherwise; use debias=erasure or none without it")
+        if (self.name, self.erase == "none") in (("none", False), ("erasure", True)):
+            raise ValueError(f"erase must be auto, input, h or both with erasure, none with debias=none, got {self.erase!r}")
         _check_labels("debias.kernel", self.kernel.labels)
         if self.exchange_every and self.kernel.labels != ("age_years",):
             raise ValueError(
@@ -320,6 +325,8 @@ class RunConfig(Closed):
                 raise ValueError(f"{part} must be for {self.data.kind}, as data are, got one for {kind}; add {remedy}")
         if self.warmup_rounds >= self.num_rounds:
             raise ValueError(f"warmup_rounds must be less than num_rounds, got {self.warmup_rounds} and {self.num_rounds}")
+        if self.debias.erase in ("input", "both") and self.data.kind != "table":
+            raise ValueError(f"debias.erase must be auto, h or none when the run reads images, got {self.debias.erase!r}")
         if self.debias.weight > 0 and self.debias.warmup_rounds >= self.num_rounds:
             raise ValueError(
                 f"debias.warmup_rounds must be less than num_rounds, got {self.debias.warmup_rounds} and {self.num_rounds}"
@@ -327,6 +334,12 @@ class RunConfig(Closed):
         if self.finetune.stages and not self.finetune.num_rounds:
             raise ValueError("finetune.num_rounds must be at least 1 when there are stages, got 0")
         return self
+
+    @property
+    def erased_spaces(self) -> tuple[str, ...]:
+        """Where site and scanner are erased: the inputs of rows, before training; the representation h, after it."""
+        auto = "input" if self.data.kind == "table" else "h"
+        return {"none": (), "auto": (auto,), "both": ("input", "h")}.get(self.debias.erase, (self.debias.erase,))
 
     @property
     def num_classes(self) -> int | None:

@@ -1,118 +1,183 @@
-"""Erasure of site and scanner behind the encoder, from the means that sites may send; what age explains stays.
+"""Erasure of site and scanner before or behind the encoder, from sums; what age, sex and diagnosis explain stays.
 
 A linear probe cannot tell classes whose means are equal (Belrose et al. 2023, arXiv 2306.03819, theorem 3.1). The means of the
-scanners at equal age are made equal by projecting out the directions in which they differ: one affine map behind the encoder,
-which needs no site label when it is used. Only group means are exchanged, no covariance.
+scanners at equal covariates are made equal by projecting out the directions in which they differ: one affine map, which needs no
+site label when it is used. The offsets of the scanners are those of the least-squares regression of the features on scanner and
+covariates over all subjects of all sites, exactly, because its normal equations are sums (Frisch and Waugh 1933). No covariance
+of the features is exchanged.
 
-Shape legend: N scans, D features, G groups (one scanner, neighbouring ages), S scanners, K directions.
+Shape legend: N subjects, F features, P covariates, S scanners, K directions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from core.moments import MomentPolicy, Reference, groups_of
+from core.moments import MomentPolicy, Reference
 
 AGE_CENTRE_YEARS, AGE_UNIT_YEARS = 50.0, 20.0
 
 
+def covariates(age_N: Tensor, sex_N: Tensor, patient_N: Tensor, *, age_degree: int = 1) -> Tensor:
+    """What is held fixed when scanners are compared, (N, P) float64: sex, diagnosis, and powers of age in public units.
+
+    Args:
+        age_N: years, NaN where unknown: such a row is NaN.
+        sex_N: 0 for F, 1 for M, NaN where unknown, which counts as halfway.
+        patient_N: 1 for patients, 0 for controls.
+        age_degree: highest power of age. One more needs more subjects at a site before it tells its slopes.
+    """
+    age_N = (age_N.double() - AGE_CENTRE_YEARS) / AGE_UNIT_YEARS
+    powers = [age_N**power for power in range(1, age_degree + 1)]
+    return torch.stack([sex_N.double().nan_to_num(0.5), patient_N.double(), *powers], dim=1)
+
+
 @dataclass(frozen=True)
-class GroupMeans:
-    """Means of the standardised features of a site's groups.
+class ScannerSums:
+    """What a site tells of its scanners' standardised features, beside covariates.
 
     Attributes:
-        label_G: mean age of each group in years.
-        count_G: subjects in each, rounded by the site.
-        scanner_G: code of the scanner, unique inside the site.
-        mean_GD: mean of the standardised features.
+        count_S: subjects of each scanner, rounded by the site.
+        mean_SF: mean features of each.
+        covariate_SP: mean covariates of each.
+        gram_PP: sum over the site's subjects of c c' with c the covariates about their scanner's mean; NaN where withheld.
+        cross_PF: the same sum of c x' with x the features about their scanner's mean; NaN where withheld.
     """
 
-    label_G: Tensor
-    count_G: Tensor
-    scanner_G: Tensor
-    mean_GD: Tensor
+    count_S: Tensor
+    mean_SF: Tensor
+    covariate_SP: Tensor
+    gram_PP: Tensor
+    cross_PF: Tensor
 
     def __post_init__(self) -> None:
-        if self.mean_GD.ndim != 2 or any(
-            value.shape != self.mean_GD.shape[:1] for value in (self.label_G, self.count_G, self.scanner_G)
-        ):
-            raise ValueError(f"group means: one label, count and scanner a group is needed, got {tuple(self.mean_GD.shape)}.")
-        if not all(getattr(self, field.name).isfinite().all() for field in fields(self)) or (self.count_G <= 0).any():
-            raise ValueError("group means: values must be finite and counts positive. Ask the site for its log.")
+        scanners, features = self.mean_SF.shape
+        num_covariates = self.covariate_SP.shape[-1]
+        shapes = {
+            "count_S": (scanners,),
+            "covariate_SP": (scanners, num_covariates),
+            "gram_PP": (num_covariates, num_covariates),
+            "cross_PF": (num_covariates, features),
+        }
+        for name, shape in shapes.items():
+            if tuple(getattr(self, name).shape) != shape:
+                raise ValueError(f"scanner sums: {name} must have shape {shape}, got {tuple(getattr(self, name).shape)}.")
+        if not (self.mean_SF.isfinite().all() and self.covariate_SP.isfinite().all() and (self.count_S > 0).all()):
+            raise ValueError("scanner sums: means must be finite and counts positive. Ask the site for its log.")
+        if self.gram_PP.isinf().any() or self.cross_PF.isinf().any():
+            raise ValueError("scanner sums: products must be finite, or NaN where withheld. Ask the site for its log.")
+
+    @property
+    def num_features(self) -> int:
+        """F."""
+        return self.mean_SF.shape[1]
+
+    @property
+    def tells_slopes(self) -> bool:
+        """Whether the site tells how its features change with the covariates."""
+        return not bool(self.gram_PP.isnan().any() or self.cross_PF.isnan().any())
 
 
 @dataclass(frozen=True)
 class Eraser:
-    """Affine map h -> h that removes K directions of the standardised features.
+    """Affine map that removes K directions of the standardised features.
 
     Attributes:
-        mean_D: mean of the features.
-        scale_D: their standard deviation.
-        directions_KD: orthonormal rows.
+        mean_F: mean of the features.
+        scale_F: their standard deviation.
+        directions_KF: orthonormal rows.
     """
 
-    mean_D: Tensor
-    scale_D: Tensor
-    directions_KD: Tensor
+    mean_F: Tensor
+    scale_F: Tensor
+    directions_KF: Tensor
 
-    def __call__(self, features_ND: Tensor) -> Tensor:
-        """The features without the directions, (N, D), in their own units."""
-        standard_ND = (features_ND - self.mean_D.to(features_ND)) / self.scale_D.to(features_ND)
-        directions_KD = self.directions_KD.to(features_ND)
-        return features_ND - (standard_ND @ directions_KD.T @ directions_KD) * self.scale_D.to(features_ND)
+    def __call__(self, features_NF: Tensor) -> Tensor:
+        """The features without the directions, (N, F), in their own units."""
+        standard_NF = (features_NF - self.mean_F.to(features_NF)) / self.scale_F.to(features_NF)
+        directions_KF = self.directions_KF.to(features_NF)
+        return features_NF - (standard_NF @ directions_KF.T @ directions_KF) * self.scale_F.to(features_NF)
 
 
-def group_means(
-    features_ND: Tensor, age_N: Tensor, scanner_N: Tensor, *, reference: Reference, bin_years: float, policy: MomentPolicy
-) -> GroupMeans:
-    """What a site sends: means of its standardised features by scanner and age, for groups that its policy lets out.
+def scanner_sums(
+    standard_NF: Tensor, covariates_NP: Tensor, scanner_N: Tensor, *, policy: MomentPolicy
+) -> tuple[ScannerSums, int]:
+    """What a site sends, and the number of subjects withheld: of scanners below the policy's floor, or of unknown age.
+
+    How features change with the covariates is told by a site with ``policy.min_group`` subjects for each vector of features
+    that leaves it, a mean a scanner and one a covariate that varies there: so a subject weighs in these sums, on average, no
+    more than in the mean of a group of ``min_group``.
 
     Args:
-        features_ND: (N, D) features, one row a subject.
-        age_N: (N,) years, NaN where unknown.
-        scanner_N: (N,) integer code of the scanner.
-        reference: what features are standardised by.
-        bin_years: width of the public age cells that groups are joined from.
+        standard_NF: standardised features, one row a subject.
+        covariates_NP: of `covariates`.
+        scanner_N: integer code of the scanner.
         policy: what the site lets out.
     """
-    standard_ND = (features_ND - reference.mean_D.to(features_ND)) / reference.scale_D.to(features_ND)
-    groups = groups_of(age_N, scanner_N, bin_years=bin_years, policy=policy)
-    return GroupMeans(
-        standard_ND.new_tensor([float(age_N[group].mean()) for group in groups]),
-        standard_ND.new_tensor([float(policy.rounded(len(group))) for group in groups]),
-        standard_ND.new_tensor([float(scanner_N[group[0]]) for group in groups]),
-        torch.stack([standard_ND[group].mean(dim=0) for group in groups]) if groups else standard_ND[:0],
+    known_N = ~covariates_NP.isnan().any(dim=1)
+    scanners = [(known_N & (scanner_N == code)).nonzero().squeeze(1) for code in torch.unique(scanner_N)]
+    told = [members for members in scanners if len(members) >= policy.min_group]
+    x_NF, c_NP = standard_NF.double(), covariates_NP.double()
+    num_features, num_covariates = x_NF.shape[1], c_NP.shape[1]
+    cross_PF = torch.full((num_covariates, num_features), torch.nan, dtype=torch.float64)
+    gram_PP = torch.full((num_covariates, num_covariates), torch.nan, dtype=torch.float64)
+    num_told = sum(map(len, told))
+    if told:
+        x_nF = torch.cat([x_NF[members] - x_NF[members].mean(dim=0) for members in told])
+        c_nP = torch.cat([c_NP[members] - c_NP[members].mean(dim=0) for members in told])
+        # A least-squares fit weighs each subject by its leverage, which averages (fitted numbers) / (subjects).
+        vectors = len(told) + int((c_nP.abs().amax(dim=0) > 1e-9).sum())
+        if num_told >= policy.min_group * vectors:
+            gram_PP, cross_PF = c_nP.T @ c_nP, c_nP.T @ x_nF
+    sums = ScannerSums(
+        torch.tensor([float(policy.rounded(len(members))) for members in told], dtype=torch.float64),
+        torch.stack([x_NF[members].mean(dim=0) for members in told]) if told else x_NF[:0],
+        torch.stack([c_NP[members].mean(dim=0) for members in told]) if told else c_NP[:0],
+        gram_PP,
+        cross_PF,
     )
+    return sums, len(x_NF) - num_told
 
 
-def fit_eraser(parts: Sequence[GroupMeans], reference: Reference) -> Eraser | None:
-    """The eraser of the scanners' mean differences at equal age, from the group means of every site.
+def scanner_offsets(parts: Sequence[ScannerSums]) -> tuple[Tensor, Tensor] | None:
+    """Offset of every scanner's features at equal covariates about their mean (S, F), and counts (S,).
 
-    The means are regressed on scanner and a polynomial of age (of degree 2, or less where no scanner has three age groups),
-    weighted by the counts; the scanners' coefficients about their mean span what is erased. None when there are fewer than two
-    scanners, or when no scanner has two age groups: age and scanner could not be told apart, and age would be erased too.
+    Equal to the coefficients of the pooled least-squares regression on scanner and covariates when every site tells all. None
+    when no site tells slopes, or there are fewer than two scanners: covariates and scanner could not be told apart.
     """
-    if not parts:
+    slopes = [part for part in parts if part.tells_slopes]
+    count_S = torch.cat([part.count_S for part in parts]).double() if parts else torch.zeros(0)
+    if len(count_S) < 2 or not slopes:
         return None
-    scanner_G, first = [], 0
-    for part in parts:
-        codes, inverse_G = torch.unique(part.scanner_G, return_inverse=True)
-        scanner_G.append(inverse_G + first)
-        first += len(codes)
-    code_G = torch.cat(scanner_G)
-    mean_GD = torch.cat([part.mean_GD for part in parts]).double()
-    count_G = torch.cat([part.count_G for part in parts]).double()
-    age_G = (torch.cat([part.label_G for part in parts]).double() - AGE_CENTRE_YEARS) / AGE_UNIT_YEARS
-    degree = min(2, int(code_G.bincount().max()) - 1)
-    if first < 2 or degree < 1:
+    gram_PP = torch.stack([part.gram_PP.double() for part in slopes]).sum(dim=0)
+    cross_PF = torch.stack([part.cross_PF.double() for part in slopes]).sum(dim=0)
+    # The pseudo-inverse leaves a covariate that never varies without effect.
+    slope_PF = torch.linalg.pinv(gram_PP, rtol=1e-9, hermitian=True) @ cross_PF
+    mean_SF = torch.cat([part.mean_SF for part in parts]).double()
+    covariate_SP = torch.cat([part.covariate_SP for part in parts]).double()
+    offset_SF = mean_SF - covariate_SP @ slope_PF
+    return offset_SF - (count_S @ offset_SF) / count_S.sum(), count_S
+
+
+def fit_eraser(parts: Sequence[ScannerSums], reference: Reference, *, max_directions: int | None = None) -> Eraser | None:
+    """The eraser of the scanners' offsets at equal covariates, from the sums of every site.
+
+    Args:
+        parts: of every site that tells any.
+        reference: what the features were standardised by.
+        max_directions: erase the so many directions that hold most of the variance between scanners; None erases all, after
+            which the means of all told scanners are equal at equal covariates.
+
+    Returns:
+        None where `scanner_offsets` is.
+    """
+    found = scanner_offsets(parts)
+    if found is None:
         return None
-    one_hot_GS = torch.nn.functional.one_hot(code_G, first).double()
-    design = torch.cat([one_hot_GS, torch.stack([age_G**power for power in range(1, degree + 1)], dim=1)], dim=1)
-    weight_G1 = count_G.sqrt()[:, None]
-    coefficients = torch.linalg.lstsq(design * weight_G1, mean_GD * weight_G1, driver="gelsd").solution
-    offset_SD = coefficients[:first]
-    offset_SD = offset_SD - (one_hot_GS.T @ count_G / count_G.sum()) @ offset_SD
-    _, _, directions_KD = torch.linalg.svd(offset_SD, full_matrices=False)
-    return Eraser(reference.mean_D, reference.scale_D, directions_KD[: first - 1])
+    offset_SF, count_S = found
+    _, size_K, directions_KF = torch.linalg.svd(offset_SF * count_S.sqrt()[:, None], full_matrices=False)
+    rank = int((size_K > 1e-9 * count_S.sum().sqrt()).sum())  # standardised features: a difference of 1 is a large one
+    keep = min(rank, len(offset_SF) - 1, *([] if max_directions is None else [max_directions]))
+    return Eraser(reference.mean_D, reference.scale_D, directions_KF[:keep])

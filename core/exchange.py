@@ -17,12 +17,12 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from core.erasure import GroupMeans
+from core.erasure import ScannerSums
 from core.evaluation.embeddings import Embeddings
 from core.moments import GroupMoments, Reference
 
 State = dict[str, Tensor]
-Groups = TypeVar("Groups", GroupMoments, GroupMeans)
+Groups = TypeVar("Groups", GroupMoments, ScannerSums)
 
 
 class ExchangeError(ValueError):
@@ -93,9 +93,18 @@ def unpack(arrays: ArrayRecord, layout: str) -> State:
     return state
 
 
-def unpack_state(received: RecordDict) -> State:
-    """The state in a message: its ``arrays`` with the ``layout`` in its ``config``."""
-    return unpack(received.array_records["arrays"], str(received.config_records["config"]["layout"]))
+def unpack_state(received: RecordDict, record: str = "arrays") -> State:
+    """The state in a message: its arrays with the ``layout`` in its ``config``."""
+    return unpack(received.array_records[record], str(received.config_records["config"]["layout"]))
+
+
+def array_bytes(message: RecordDict) -> dict[str, int]:
+    """Bytes of the arrays in a message, by what they are; ``arrays`` are weights."""
+    kinds = {name: "weights" if name == "arrays" else name.partition("-")[0] for name in message.array_records}
+    sizes: dict[str, int] = {}
+    for name, record in message.array_records.items():
+        sizes[kinds[name]] = sizes.get(kinds[name], 0) + sum(len(array.data) for array in record.values())
+    return sizes
 
 
 def check_finite(state: Mapping[str, Tensor]) -> None:
@@ -114,19 +123,20 @@ def check_like(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], wher
         raise ExchangeError(f"{where}: weights must match the run's model, got {first[0]} where {first[1]} is expected.")
 
 
-def pack_groups(groups: GroupMoments | GroupMeans) -> ArrayRecord:
-    """What a site tells of its groups, as float32 arrays by field name."""
-    return ArrayRecord({name: Array(_numpy(value.float())) for name, value in vars(groups).items()})
+def pack_groups(groups: GroupMoments | ScannerSums) -> ArrayRecord:
+    """What a site tells of its groups or scanners, by field name: moments as float32, sums that are solved as float64."""
+    dtype = torch.float32 if isinstance(groups, GroupMoments) else torch.float64
+    return ArrayRecord({name: Array(_numpy(value.to(dtype))) for name, value in vars(groups).items()})
 
 
 def unpack_groups(kind: type[Groups], arrays: ArrayRecord, features: int, where: str) -> Groups:
-    """The groups that were packed, checked by their own kind and to have ``features`` features."""
+    """What was packed, checked by its own kind and to be about ``features`` features."""
     try:
         groups = kind(**{name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()})
     except (TypeError, ValueError) as error:
         raise ExchangeError(f"{where}: {error}") from None
-    if groups.mean_GD.shape[1] != features:
-        raise ExchangeError(f"{where}: groups must have {features} features, got {groups.mean_GD.shape[1]}.")
+    if groups.num_features != features:
+        raise ExchangeError(f"{where}: groups must have {features} features, got {groups.num_features}.")
     return groups
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from core.seeding import seed
 
+CONSTANTS = "encoder.standardise."
+
 
 class Block(nn.Sequential):
     """Convolution, group normalisation, ReLU; halves the grid when ``stride`` is 2."""
@@ -50,19 +52,26 @@ class SmallEncoder(Encoder):
 
 
 class Standardise(nn.Module):
-    """Rows as their difference from the mean over all sites, in standard deviations; 0 where a value is missing.
+    """Rows as their difference from the mean over all sites, in standard deviations; 0 where a value is missing; site erased.
 
-    Both are constants of a run, weights that no one trains: a checkpoint carries them, and they travel with the others.
+    All of it are constants of a run, weights that no one trains: a checkpoint carries them; they travel once, before the rounds.
+
+    Args:
+        num_inputs: features of a row.
+        num_erased: directions of the standardised features that an eraser has taken out.
     """
 
-    def __init__(self, num_inputs: int) -> None:
+    def __init__(self, num_inputs: int, num_erased: int = 0) -> None:
         super().__init__()
         self.mean = nn.Parameter(torch.zeros(num_inputs), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(num_inputs), requires_grad=False)
+        self.directions = nn.Parameter(torch.zeros(num_erased, num_inputs), requires_grad=False)
+        self.erased_scale = nn.Parameter(torch.ones(num_inputs), requires_grad=False)
 
     def forward(self, rows_NI: Tensor) -> Tensor:
-        """Standardised rows, (N, I)."""
-        return ((rows_NI - self.mean) / self.scale).nan_to_num(nan=0.0)
+        """Standardised rows without the directions, (N, I), each feature in standard deviations of what is left of it."""
+        standard_NI = ((rows_NI - self.mean) / self.scale).nan_to_num(nan=0.0)
+        return (standard_NI - standard_NI @ self.directions.T @ self.directions) / self.erased_scale
 
 
 class RowEncoder(Encoder):
@@ -86,9 +95,15 @@ class RowEncoder(Encoder):
         return h_NF
 
 
-def constants(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a model that no one trains: mean and scale of its inputs, none for volumes."""
-    return {name: value for name, value in state.items() if name.rpartition(".")[0].endswith("standardise")}
+def split_constants(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a model that are trained, and the constants that an encoder of rows begins with: none for volumes."""
+    constants = {name: value for name, value in state.items() if name.startswith(CONSTANTS)}
+    return {name: value for name, value in state.items() if name not in constants}, constants
+
+
+def num_erased(constants: Mapping[str, Tensor]) -> int:
+    """How many directions the constants of an encoder of rows take out."""
+    return len(constants.get(f"{CONSTANTS}directions", ()))
 
 
 class Headless(Encoder):
@@ -175,7 +190,7 @@ class MLP:
 
 
 EncoderChoice = Small | DenseNet | ResNet | MLP
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", "Pretrainer", "Classifier")
 
 
 def assert_no_batchnorm(model: nn.Module) -> None:
@@ -229,24 +244,43 @@ class Classifier(nn.Module):
         return logits_NC
 
 
-def _seeded(build: Callable[[], Model], model_seed: int) -> Model:
+def _seeded(build: Callable[[], Model], model_seed: int, num_inputs: int, num_erased: int) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model_seed)
         model = build()
+    if num_erased:
+        assert isinstance(model.encoder, RowEncoder)
+        model.encoder.standardise = Standardise(num_inputs, num_erased)
     assert_no_batchnorm(model)
     return model
 
 
 def build_pretrainer(
-    choice: EncoderChoice, embedding_size: int, run_seed: int, *, num_classes: int | None = None, num_inputs: int = 1
+    choice: EncoderChoice,
+    embedding_size: int,
+    run_seed: int,
+    *,
+    num_classes: int | None = None,
+    num_inputs: int = 1,
+    num_erased: int = 0,
 ) -> Pretrainer:
     """A freshly initialised encoder and projector, the same on every machine for the same seed.
 
-    ``num_inputs`` is the number of channels of a volume, or of features of a row.
+    ``num_inputs`` is the number of channels of a volume, or of features of a row, ``num_erased`` that of the directions which
+    the constants of an encoder of rows take out.
     """
-    return _seeded(lambda: Pretrainer(choice.build(num_inputs), embedding_size, num_classes), seed(run_seed, "pretrainer"))
+    return _seeded(
+        lambda: Pretrainer(choice.build(num_inputs), embedding_size, num_classes),
+        seed(run_seed, "pretrainer"),
+        num_inputs,
+        num_erased,
+    )
 
 
-def build_classifier(choice: EncoderChoice, num_classes: int, run_seed: int, *, num_inputs: int = 1) -> Classifier:
-    """A freshly initialised classifier, the same on every machine for the same seed; ``num_inputs`` as in `build_pretrainer`."""
-    return _seeded(lambda: Classifier(choice.build(num_inputs), num_classes), seed(run_seed, "classifier"))
+def build_classifier(
+    choice: EncoderChoice, num_classes: int, run_seed: int, *, num_inputs: int = 1, num_erased: int = 0
+) -> Classifier:
+    """A freshly initialised classifier, the same on every machine for the same seed; inputs as in `build_pretrainer`."""
+    return _seeded(
+        lambda: Classifier(choice.build(num_inputs), num_classes), seed(run_seed, "classifier"), num_inputs, num_erased
+    )

@@ -79,6 +79,11 @@ class GroupMoments:
     def __len__(self) -> int:
         return len(self.count_G)
 
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return self.mean_GD.shape[1]
+
     def to(self, like: Tensor) -> "GroupMoments":
         """The same moments with the device and dtype of another tensor."""
         return GroupMoments(*(getattr(self, field.name).to(like) for field in fields(self)))
@@ -116,10 +121,13 @@ class Reference:
         if not (self.mean_D.isfinite().all() and self.scale_D.isfinite().all() and (self.scale_D > 0).all()):
             raise ValueError("reference: means must be finite and scales positive. Look at the sites' losses.")
 
+    def standard(self, features_ND: Tensor) -> Tensor:
+        """Standardised rows."""
+        return (features_ND - self.mean_D.to(features_ND)) / self.scale_D.to(features_ND)
+
     def rows(self, features_ND: Tensor) -> Tensor:
         """Standardised rows of unit length."""
-        scaled_ND = (features_ND - self.mean_D.to(features_ND)) / self.scale_D.to(features_ND)
-        return torch.nn.functional.normalize(scaled_ND, dim=1)
+        return torch.nn.functional.normalize(self.standard(features_ND), dim=1)
 
 
 def feature_sums(features_ND: Tensor, policy: MomentPolicy) -> Tensor:

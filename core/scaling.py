@@ -1,4 +1,4 @@
-"""Mean and standard deviation of each feature of a table over all sites, from sums: where the encoder of rows begins.
+"""What an encoder of rows begins with, from sums over all sites: mean, standard deviation, directions of site and scanner.
 
 Shape legend: N subjects, I features, S sites.
 """
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from core.erasure import Eraser
+from core.models import CONSTANTS
 from core.moments import MomentPolicy, Reference, feature_sums, reference_from
 
 
@@ -44,3 +46,20 @@ def standardisation_from(sums: Sequence[Tensor]) -> Reference:
     parts = [reference_from(list(sums_S3I[:, :, [feature]])) for feature in range(sums_S3I.shape[2])]
     told = [part for part in parts if part is not None]
     return Reference(torch.cat([part.mean_D for part in told]), torch.cat([part.scale_D for part in told]))
+
+
+def standardising(reference: Reference, eraser: Eraser | None = None, left: Reference | None = None) -> dict[str, Tensor]:
+    """The constants that an encoder of rows begins with, float32, by their names in the model.
+
+    Args:
+        reference: mean and standard deviation of each feature, I of them.
+        eraser: of site and scanner, fitted to the standardised features; None erases nothing.
+        left: standard deviation of what the eraser leaves; None: 1.
+    """
+    parts = {
+        "mean": reference.mean_D,
+        "scale": reference.scale_D,
+        "directions": reference.mean_D.new_zeros(0, len(reference.mean_D)) if eraser is None else eraser.directions_KF,
+        "erased_scale": torch.ones_like(reference.scale_D) if left is None else left.scale_D,
+    }
+    return {f"{CONSTANTS}{name}": value.float() for name, value in parts.items()}

@@ -4,27 +4,29 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from core.checkpoint import Checkpoint, load_strictly, save_checkpoint
+from core.checkpoint import Checkpoint, save_checkpoint
 from core.config import ConfigError, RunConfig, describe, load_config
 from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.probes import chance_and_floor, evaluate, evaluate_predictions
 from core.exchange import ExchangeError, State, content, fingerprint, pack, unpack, unpack_embeddings
-from core.models import Encoder, RowEncoder, build_classifier, build_pretrainer, constants
+from core.models import build_classifier, build_pretrainer, num_erased, split_constants
+from core.moments import Reference
 from core.report import RunRecord, write_report
-from core.scaling import standardisation_from
-from server.strategy import Node, RunError, SiteRounds, ask, read_sums, reasons
+from core.scaling import standardisation_from, standardising
+from server.sites import Answer, Node, RunError, Sites, reasons
+from server.strategy import NOTHING_ERASED, SiteRounds, eraser_from, read_scanners, read_sums
 
 log = logging.getLogger("isocenter")
 app = ServerApp()
@@ -60,48 +62,55 @@ def carry_out(grid: Grid, context: Context) -> None:
     """Pretrain, fine-tune, evaluate, report."""
     config = load_config(str(context.run_config.get("overrides", "")))
     folder = new_run_folder(config)
-    nodes = wait_for_sites(grid, config)
+    sites = Sites(grid, config.strategy.round_timeout_s)
+    nodes = wait_for_sites(sites, config)
     results = Results()
     pretraining, targets = choose_sites(nodes, config, results)
     everyone = {node.node_id: node.site for node in nodes}
     evaluated = everyone if config.data.pretrain_sites is None else {**pretraining, **targets}
     num_inputs = agreed_inputs(nodes)
 
+    if config.data.kind == "table":
+        prepare_inputs(sites, pretraining, num_inputs, config, results)
+        sites.tell_constants(evaluated)
     model = build_pretrainer(
-        config.encoder, config.embedding_size, config.seed, num_classes=config.num_classes, num_inputs=num_inputs
+        config.encoder,
+        config.embedding_size,
+        config.seed,
+        num_classes=config.num_classes,
+        num_inputs=num_inputs,
+        num_erased=num_erased(sites.constants),
     )
-    standardise(grid, pretraining, model.encoder, config)
-    untrained = {name: value.clone() for name, value in model.state_dict().items()}
-    save_checkpoint(folder / "checkpoints", Checkpoint(untrained, "untrained", 0, describe(config)), keep=1)
+    untrained, _ = split_constants({name: value.clone() for name, value in model.state_dict().items()})
+    about = Checkpoint(untrained | sites.constants, "untrained", 0, describe(config))
+    save_checkpoint(folder / "checkpoints", about, keep=1)
     widths = {"h": model.encoder.num_features, "z": config.embedding_size}
-    strategy = SiteRounds(config, "pretrain", pretraining, untrained, folder, widths)
+    strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths)
     pretrained = rounds(grid, strategy, untrained)
-    eraser = erase(grid, strategy, pretrained, folder, config) if config.debias.erase else None
+    eraser = erase(strategy, pretrained, folder, config, results) if "h" in config.erased_spaces else None
 
     maps: dict[str, Embeddings] = {}
     for stage, state in (("untrained", untrained), ("pretrained", pretrained)):
         log.info("evaluating the %s encoder on held-out subjects", stage)
-        embeddings = collect_embeddings(grid, evaluated, state, config, results)
+        embeddings = collect_embeddings(sites, evaluated, state, results)
         if embeddings is not None:
             maps[stage] = embeddings
             probe(embeddings, stage, set(pretraining.values()), config, results)
             if stage == "pretrained" and eraser is not None:
                 maps["erased"] = replace(embeddings, h_NF=eraser(torch.from_numpy(embeddings.h_NF)).numpy())
                 probe(maps["erased"], "erased", set(pretraining.values()), config, results)
-    if config.debias.erase and eraser is None:
-        results.add(([], ["Nothing was erased: no scanner has two age groups large enough to be told (or all is withheld)."]))
 
     for stage in config.finetune.stages if targets else ():
-        classifier = build_classifier(config.encoder, 2, config.seed, num_inputs=num_inputs)
-        encoder = {k.removeprefix("encoder."): v for k, v in pretrained.items() if k.startswith("encoder.")}
-        if stage == "from_scratch":
-            encoder = classifier.encoder.state_dict() | constants(encoder)
-        load_strictly(classifier.encoder, encoder)
-        initial = {name: value.clone() for name, value in classifier.state_dict().items()}
-        finetuned = rounds(grid, SiteRounds(config, stage, targets, initial, folder), initial)
-        score_predictions(grid, targets, finetuned, stage, config, results)
+        classifier = build_classifier(
+            config.encoder, 2, config.seed, num_inputs=num_inputs, num_erased=num_erased(sites.constants)
+        )
+        initial, _ = split_constants({name: value.clone() for name, value in classifier.state_dict().items()})
+        if stage != "from_scratch":
+            initial |= {name: value for name, value in pretrained.items() if name.startswith("encoder.")}
+        finetuned = rounds(grid, SiteRounds(config, stage, sites, targets, initial, folder), initial)
+        score_predictions(sites, targets, finetuned, stage, config, results)
 
-    finish(folder, config, nodes, pretraining, targets, maps, results)
+    finish(folder, config, sites, nodes, pretraining, targets, maps, results)
 
 
 class MarkedLines(logging.Formatter):
@@ -132,7 +141,7 @@ def new_run_folder(config: RunConfig) -> Path:
     return folder
 
 
-def wait_for_sites(grid: Grid, config: RunConfig) -> list[Node]:
+def wait_for_sites(sites: Sites, config: RunConfig) -> list[Node]:
     """Every connected site, in the order of their names, once as many are connected as the run needs.
 
     Raises:
@@ -142,7 +151,7 @@ def wait_for_sites(grid: Grid, config: RunConfig) -> list[Node]:
     needed = max(len(wanted), config.strategy.min_sites or 1)
     deadline = time.monotonic() + config.strategy.wait_for_sites_s
     connected = 0
-    while len(node_ids := sorted(grid.get_node_ids())) < needed:
+    while len(node_ids := sorted(sites.grid.get_node_ids())) < needed:
         if len(node_ids) != connected or not connected:
             connected = len(node_ids)
             log.info("waiting for sites: %d of %d connected", connected, needed)
@@ -155,7 +164,7 @@ def wait_for_sites(grid: Grid, config: RunConfig) -> list[Node]:
     log.info("%d sites connected; they read and check their scans", len(node_ids))
     task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
     unnamed = {node: f"node {node}" for node in node_ids}
-    answers, failures = ask(grid, unnamed, "query.describe", lambda _: task, config.strategy.round_timeout_s)
+    answers, failures = sites.ask(unnamed, "query.describe", lambda _: task)
     if failures:
         raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
     nodes = [
@@ -249,29 +258,44 @@ def choose_sites(nodes: list[Node], config: RunConfig, results: Results) -> tupl
     return {node.node_id: node.site for node in pretraining}, {node.node_id: node.site for node in targets}
 
 
-def standardise(grid: Grid, nodes: Mapping[int, str], encoder: Encoder, config: RunConfig) -> None:
-    """Set the mean and scale that an encoder of rows begins with, from the sums of every pretraining site.
+def prepare_inputs(sites: Sites, nodes: Mapping[int, str], num_inputs: int, config: RunConfig, results: Results) -> None:
+    """Agree on the constants that an encoder of rows begins with, and tell them to the pretraining sites.
+
+    Mean and scale of every feature come from the sums of every site. Where site and scanner are erased from the inputs, the
+    sites then tell sums of the standardised features by scanner, and at last the spread of what is left of each feature.
 
     Raises:
         RunError: a site did not answer, or no site tells enough of a feature.
     """
-    if not isinstance(encoder, RowEncoder):
+
+    def from_all(query: str, read: Callable[[RecordDict, str], Answer]) -> dict[str, Answer]:
+        about = ConfigRecord({"fingerprint": fingerprint(), "space": "input"})
+        values, failures = sites.gather(nodes, query, content(config=about), read)
+        if failures:
+            raise RunError(f"standardisation: every site must answer, {len(failures)} did not.{reasons(failures)}")
+        return values
+
+    def standardisation() -> Reference:
+        sums = from_all("query.inputs", lambda answer, where: read_sums(answer, num_inputs, where))
+        withheld = [site for site, sums_3I in sums.items() if bool(sums_3I[2].isnan().all())]
+        if withheld:
+            log.info("standardisation without the spread of %s, who withhold it", ", ".join(withheld))
+        try:
+            return standardisation_from(list(sums.values()))
+        except ValueError as error:
+            raise RunError(str(error)) from None
+
+    reference = standardisation()
+    sites.set_constants(nodes, standardising(reference))
+    if "input" not in config.erased_spaces:
         return
-    task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
-    answers, failures = ask(grid, nodes, "query.inputs", lambda _: task, config.strategy.round_timeout_s)
-    if failures:
-        raise RunError(f"standardisation: every site must answer, {len(failures)} did not.{reasons(failures)}")
-    width = len(encoder.standardise.mean)
-    sums = {site: read_sums(answer, width, f"site {site}") for site, answer in answers.items()}
-    withheld = [site for site, sums_3I in sums.items() if bool(sums_3I[2].isnan().all())]
-    if withheld:
-        log.info("standardisation without the spread of %s, who withhold it", ", ".join(withheld))
-    try:
-        reference = standardisation_from(list(sums.values()))
-    except ValueError as error:
-        raise RunError(str(error)) from None
-    encoder.standardise.mean.copy_(reference.mean_D)
-    encoder.standardise.scale.copy_(reference.scale_D)
+    told = from_all("query.scanners", lambda answer, where: read_scanners(answer, num_inputs, where))
+    eraser = eraser_from(told, reference, config, "input")
+    if eraser is None:
+        results.notes.append(f"Nothing was erased from the inputs. {NOTHING_ERASED}")
+        return
+    sites.set_constants(nodes, standardising(reference, eraser))
+    sites.set_constants(nodes, standardising(reference, eraser, standardisation()))
 
 
 def rounds(grid: Grid, strategy: SiteRounds, initial: State) -> State:
@@ -285,25 +309,22 @@ def rounds(grid: Grid, strategy: SiteRounds, initial: State) -> State:
     return unpack(result.arrays, strategy.layout)
 
 
-def erase(grid: Grid, strategy: SiteRounds, pretrained: State, folder: Path, config: RunConfig) -> Eraser | None:
+def erase(strategy: SiteRounds, pretrained: State, folder: Path, config: RunConfig, results: Results) -> Eraser | None:
     """Learn the eraser behind the trained encoder and keep it as a checkpoint."""
-    eraser = strategy.learn_eraser(grid, pack(pretrained)[0])
+    eraser = strategy.learn_eraser(pack(pretrained)[0])
     if eraser is None:
-        log.warning("nothing is erased: no scanner has two age groups large enough to be told, or all is withheld")
+        results.notes.append(f"Nothing was erased from h. {NOTHING_ERASED}")
         return None
-    log.info("erased %d directions of site and scanner behind the encoder", len(eraser.directions_KD))
     about = Checkpoint(dict(vars(eraser)), "eraser", config.num_rounds, describe(config))
     save_checkpoint(folder / "checkpoints", about, keep=1)
     return eraser
 
 
-def collect_embeddings(
-    grid: Grid, nodes: Mapping[int, str], state: State, config: RunConfig, results: Results
-) -> Embeddings | None:
+def collect_embeddings(sites: Sites, nodes: Mapping[int, str], state: State, results: Results) -> Embeddings | None:
     """Representations from the sites that share them; the others are named in the notes."""
     arrays, layout = pack(state)
     task = content(arrays=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
-    answers, failures = ask(grid, nodes, "query.embed", lambda _: task, config.strategy.round_timeout_s)
+    answers, failures = sites.ask(nodes, "query.embed", lambda _: task)
     note_refusals(failures, results)
     parts = []
     for site, answer in answers.items():
@@ -314,12 +335,12 @@ def collect_embeddings(
 
 
 def score_predictions(
-    grid: Grid, nodes: Mapping[int, str], state: State, stage: str, config: RunConfig, results: Results
+    sites: Sites, nodes: Mapping[int, str], state: State, stage: str, config: RunConfig, results: Results
 ) -> None:
     """Score a fine-tuned classifier on the test scans of the sites that share their scores."""
     arrays, layout = pack(state)
     task = content(arrays=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
-    answers, failures = ask(grid, nodes, "query.predict", lambda _: task, config.strategy.round_timeout_s)
+    answers, failures = sites.ask(nodes, "query.predict", lambda _: task)
     note_refusals(failures, results)
     if answers:
         columns = {
@@ -352,6 +373,7 @@ def probe(embeddings: Embeddings, stage: str, pretraining: set[str], config: Run
 def finish(
     folder: Path,
     config: RunConfig,
+    sites: Sites,
     nodes: list[Node],
     pretraining: Mapping[int, str],
     targets: Mapping[int, str],
@@ -363,7 +385,7 @@ def finish(
     for stage, embeddings in maps.items():
         embeddings.save(folder / f"embeddings-{stage}.npz")
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    sites = [
+    table = [
         {
             "name": node.site,
             "scans": node.about["scans"],
@@ -381,7 +403,7 @@ def finish(
         name=config.name,
         config=describe(config),
         status="finished",
-        sites=sites,
+        sites=table,
         rounds=[json.loads(line) for line in lines],
         evaluations=results.evaluations,
         maps=dict(maps),

@@ -4,10 +4,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,12 +17,11 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, save_checkpoint
 from core.config import RunConfig, describe
-from core.erasure import Eraser, GroupMeans, fit_eraser
+from core.erasure import Eraser, ScannerSums, fit_eraser
 from core.exchange import (
     ExchangeError,
     check_like,
     content,
-    error_kind,
     fingerprint,
     pack,
     pack_groups,
@@ -32,65 +30,16 @@ from core.exchange import (
     unpack_groups,
     unpack_state,
 )
-from core.models import constants
 from core.moments import GroupMoments, Reference, concatenate, reference_from
+from server.sites import Answer, RunError, Sites, reasons, sort_replies
 
 log = logging.getLogger("isocenter")
 
-Answer = TypeVar("Answer")
+NOTHING_ERASED = (
+    "Covariates and scanner must be told apart: two scanners must be told, and a site large enough to tell how features change "
+    "with age."
+)
 STOP_AT_ONCE = {"not_finite", "code"}
-
-
-class RunError(RuntimeError):
-    """The run cannot go on; the text says which sites and why."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """A connected site.
-
-    Attributes:
-        node_id: Flower's number for it.
-        site: its own name.
-        about: the counts it told.
-    """
-
-    node_id: int
-    site: str
-    about: Mapping[str, object]
-
-
-def ask(
-    grid: Grid, nodes: Mapping[int, str], message_type: str, records: Callable[[int], RecordDict], timeout_s: float
-) -> tuple[dict[str, RecordDict], dict[str, tuple[str, str]]]:
-    """Send one message to each node and wait: answers by site, and failures (kind, sentence) by site, both in site order."""
-    started = time.monotonic()
-    messages = [Message(content=records(node), message_type=message_type, dst_node_id=node) for node in nodes]
-    replies = list(grid.send_and_receive(messages, timeout=timeout_s))
-    return sort_replies(nodes, replies, time.monotonic() - started)
-
-
-def sort_replies(
-    nodes: Mapping[int, str], replies: Iterable[Message], waited_s: float
-) -> tuple[dict[str, RecordDict], dict[str, tuple[str, str]]]:
-    """Answers and failures by site name, in the order of the names, whatever order they came in."""
-    by_node = {reply.metadata.src_node_id: reply for reply in replies}
-    answers: dict[str, RecordDict] = {}
-    failures: dict[str, tuple[str, str]] = {}
-    for node, site in sorted(nodes.items(), key=lambda item: item[1]):
-        reply = by_node.get(node)
-        if reply is None:
-            failures[site] = ("silent", f"no answer within {waited_s:.0f} s.")
-        elif reply.has_error():
-            failures[site] = error_kind(reply.error.reason or "")
-        else:
-            answers[site] = reply.content
-    return answers, failures
-
-
-def reasons(failures: Mapping[str, tuple[str, str]]) -> str:
-    """The failures as one line a site."""
-    return "".join(f"\n  {site}: {text}" for site, (_, text) in failures.items())
 
 
 class SiteRounds(FedAvg):
@@ -102,8 +51,9 @@ class SiteRounds(FedAvg):
     Args:
         config: the run's.
         stage: ``pretrain`` or a stage of fine-tuning.
+        sites: correspondence with them.
         nodes: site name by Flower's node number.
-        template: a state with the names, shapes and dtypes that every reply must have.
+        template: a state with the names, shapes and dtypes that every reply must have, without constants.
         folder: where checkpoints and ``rounds.jsonl`` go.
         widths: number of features of the spaces ``h`` and ``z``, for what is exchanged about them.
     """
@@ -112,6 +62,7 @@ class SiteRounds(FedAvg):
         self,
         config: RunConfig,
         stage: str,
+        sites: Sites,
         nodes: Mapping[int, str],
         template: Mapping[str, Tensor],
         folder: Path,
@@ -120,6 +71,7 @@ class SiteRounds(FedAvg):
         super().__init__(min_train_nodes=1, min_available_nodes=1)
         self.config = config
         self.stage = stage
+        self.sites = sites
         self.nodes = dict(sorted(nodes.items(), key=lambda item: item[1]))
         self.template = template
         self.folder = folder
@@ -152,29 +104,23 @@ class SiteRounds(FedAvg):
             log.warning("round %d goes on without %s: %s", round_number, site, text)
 
     def gather(
-        self, grid: Grid, round_number: int, query: str, task: RecordDict, read: Callable[[RecordDict, str], Answer]
+        self, round_number: int, query: str, task: RecordDict, read: Callable[[RecordDict, str], Answer]
     ) -> dict[str, Answer]:
-        """Ask every site the same and read the answers, by site; an answer that cannot be read counts as none."""
-        answers, failures = ask(grid, self.nodes, query, lambda _: task, self.config.strategy.round_timeout_s)
-        values: dict[str, Answer] = {}
-        for site, answer in answers.items():
-            try:
-                values[site] = read(answer, f"site {site}")
-            except (ExchangeError, KeyError) as error:
-                failures[site] = ("exchange", str(error))
+        """What the sites answer to the same question, by site, with the quorum of a round."""
+        values, failures = self.sites.gather(self.nodes, query, task, read)
         self.check_quorum(round_number, len(values), failures)
         return values
 
-    def agree_on_reference(self, grid: Grid, round_number: int, arrays: ArrayRecord, space: str) -> Reference | None:
+    def agree_on_reference(self, round_number: int, arrays: ArrayRecord, space: str) -> Reference | None:
         """The reference of a space under the round's weights, from the sums of every site that tells them."""
         width = self.widths[space]
         task = self.task(round_number, arrays, space)
-        sums = self.gather(grid, round_number, "query.sums", task, lambda answer, where: read_sums(answer, width, where))
+        sums = self.gather(round_number, "query.sums", task, lambda answer, where: read_sums(answer, width, where))
         return reference_from(list(sums.values()))
 
-    def exchange_moments(self, grid: Grid, round_number: int, arrays: ArrayRecord, space: str) -> None:
+    def exchange_moments(self, round_number: int, arrays: ArrayRecord, space: str) -> None:
         """Agree on a space's reference, then ask every site for its moments under it, all with the round's weights."""
-        reference = self.agree_on_reference(grid, round_number, arrays, space)
+        reference = self.agree_on_reference(round_number, arrays, space)
         if reference is None:
             log.warning("round %d: every site withholds its sums, no moments of %s are exchanged", round_number, space)
             return
@@ -185,7 +131,7 @@ class SiteRounds(FedAvg):
             moments = unpack_groups(GroupMoments, answer.array_records["moments"], self.widths[space], where)
             return moments, cast(int, answer.metric_records["metrics"]["withheld-scans"])
 
-        told = self.gather(grid, round_number, "query.moments", task, read)
+        told = self.gather(round_number, "query.moments", task, read)
         self.moments[space] = {site: moments for site, (moments, _) in told.items()}
         self.exchanged = {
             site: {"groups": len(moments), "withheld_scans": withheld} for site, (moments, withheld) in told.items()
@@ -197,31 +143,26 @@ class SiteRounds(FedAvg):
             ", ".join(f"{site} {len(moments)} groups ({withheld} scans withheld)" for site, (moments, withheld) in told.items()),
         )
 
-    def learn_eraser(self, grid: Grid, arrays: ArrayRecord) -> Eraser | None:
-        """The eraser of site and scanner behind the trained encoder, from the group means of every site."""
-        reference = self.agree_on_reference(grid, self.num_rounds, arrays, "h")
+    def learn_eraser(self, arrays: ArrayRecord) -> Eraser | None:
+        """The eraser of site and scanner behind the trained encoder, from the sums of every site."""
+        reference = self.agree_on_reference(self.num_rounds, arrays, "h")
         if reference is None:
             return None
         task = self.task(self.num_rounds, arrays, "h", reference=pack_reference(reference))
         width = self.widths["h"]
-        means = self.gather(
-            grid,
-            self.num_rounds,
-            "query.means",
-            task,
-            lambda answer, where: unpack_groups(GroupMeans, answer.array_records["means"], width, where),
-        )
-        return fit_eraser([part for part in means.values() if len(part.label_G)], reference)
+        told = self.gather(self.num_rounds, "query.scanners", task, lambda answer, where: read_scanners(answer, width, where))
+        return eraser_from(told, reference, self.config, "h")
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One task a site; with debiasing, the moments of all the other sites' groups beside it."""
-        del config
+        del config, grid
         self.round_started = time.monotonic()
         self.exchanged = {}
+        self.sites.tell_constants(self.nodes)
         if self.stage == "pretrain" and self.config.debias.exchanges_in_round(server_round):
             self.moments, self.references = {}, {}
             for space in self.config.debias.spaces:
-                self.exchange_moments(grid, server_round, arrays, space)
+                self.exchange_moments(server_round, arrays, space)
         messages = []
         for node, site in self.nodes.items():
             more = {f"reference-{space}": pack_reference(reference) for space, reference in self.references.items()}
@@ -232,11 +173,13 @@ class SiteRounds(FedAvg):
             message_type = "train.pretrain" if self.stage == "pretrain" else "train.finetune"
             record = self.task(server_round, arrays, "", **more)
             messages.append(Message(content=record, message_type=message_type, dst_node_id=node))
+        self.sites.count(messages, "to sites")
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check, average in site order, keep a checkpoint, tell what happened."""
         replies = list(replies)
+        self.sites.count(replies, "from sites")
         answers, failures = sort_replies(self.nodes, replies, time.monotonic() - self.round_started)
         for site, answer in list(answers.items()):
             try:
@@ -245,6 +188,7 @@ class SiteRounds(FedAvg):
             except (ExchangeError, KeyError) as error:
                 failures[site] = ("exchange", str(error))
                 del answers[site]
+        self.sites.forget(node for node, site in self.nodes.items() if failures.get(site, ("",))[0] == "constants")
         self.check_quorum(server_round, len(answers), failures)
         site_of = {node: site for node, site in self.nodes.items() if site in answers}
         accepted = sorted(
@@ -254,9 +198,8 @@ class SiteRounds(FedAvg):
         averaged, metrics = super().aggregate_train(server_round, accepted)
         if averaged is None:
             raise RunError(f"{self.stage}, round {server_round}: the average must not be empty.")
-        # An average of equal numbers may differ from them in the last place.
-        state = unpack(restore_dtypes(averaged, accepted), self.layout) | constants(self.template)
-        arrays = pack(state)[0]
+        arrays = restore_dtypes(averaged, accepted)
+        state = unpack(arrays, self.layout) | self.sites.constants
         checkpoint = Checkpoint(state, self.stage, server_round, describe(self.config))
         save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
         self.tell(server_round, {site: answer.metric_records["metrics"] for site, answer in answers.items()}, failures)
@@ -303,6 +246,30 @@ def read_sums(answer: RecordDict, features: int, where: str) -> Tensor:
     if sums.shape != (3, features) or sums.dtype != np.float64 or (sums[0] <= 0).any() or np.isinf(sums).any():
         raise ExchangeError(f"{where}: sums must be 3 rows of {features} float64 without infinities, got {sums.shape}.")
     return torch.from_numpy(sums.copy())
+
+
+def read_scanners(answer: RecordDict, features: int, where: str) -> tuple[ScannerSums, int]:
+    """A site's `ScannerSums`, checked, and the subjects it withholds."""
+    sums = unpack_groups(ScannerSums, answer.array_records["scanners"], features, where)
+    return sums, cast(int, answer.metric_records["metrics"]["withheld-subjects"])
+
+
+def eraser_from(
+    told: Mapping[str, tuple[ScannerSums, int]], reference: Reference, config: RunConfig, space: str
+) -> Eraser | None:
+    """The eraser from what the sites tell of a space; what is withheld, and why nothing is erased, in the log."""
+    parts = [sums for sums, _ in told.values() if len(sums.count_S)]
+    eraser = fit_eraser(parts, reference, max_directions=config.debias.erase_directions)
+    withheld = ", ".join(f"{site} {count}" for site, (_, count) in told.items() if count) or "none"
+    slopes = sum(part.tells_slopes for part in parts)
+    if eraser is None:
+        log.warning("%s: nothing is erased. %s Subjects withheld: %s", space, NOTHING_ERASED, withheld)
+    else:
+        log.info(
+            "%s: %d directions of %d scanners erased; slopes told by %d of %d sites; subjects withheld: %s",
+            *(space, len(eraser.directions_KF), sum(len(part.count_S) for part in parts), slopes, len(told), withheld),
+        )
+    return eraser
 
 
 def check_metrics(metrics: MetricRecord, where: str) -> None:

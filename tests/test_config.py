@@ -59,7 +59,7 @@ def test_overrides_may_be_one_quoted_line() -> None:
         ("+surprise=1", "surprise is no known key"),
         ("+objective.margin=1", "objective yaware has no setting 'margin'"),
         ("objective.temperature=-1", "temperature must be positive and finite, got -1"),
-        ("debias.weight=0", "use debias=none to switch off"),
+        ("debias.weight=0", "use debias=erasure or none without it"),
         ("views.cutout_fraction=2", "cutout_fraction must be between 0 and 0.9, got 2"),
         ("warmup_rounds=100", "warmup_rounds must be less than num_rounds, got 100 and"),
         ("debias.warmup_rounds=100", "debias.warmup_rounds must be less than num_rounds"),

@@ -124,6 +124,10 @@ class SiteData:
         """(N,) 0 for F, 1 for M, NaN where unknown."""
         return torch.tensor([{"F": 0.0, "M": 1.0, None: math.nan}[scan.sex] for scan in self.scans])
 
+    def patients(self) -> Tensor:
+        """(N,) 1 for patients, 0 for all others."""
+        return torch.tensor([float(scan.diagnosis == "patient") for scan in self.scans])
+
     def scanner_codes(self) -> Tensor:
         """(N,) integer code of each scan's scanner, in the order of their names."""
         names = sorted({scan.scanner for scan in self.scans})

@@ -1,0 +1,148 @@
+"""The connected sites: asking them, what all of them must know before they can answer, and the bytes that crossed."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from core.exchange import ExchangeError, State, array_bytes, content, error_kind, fingerprint, pack
+
+log = logging.getLogger("isocenter")
+
+Failures = dict[str, tuple[str, str]]
+Answer = TypeVar("Answer")
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the text says which sites and why."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A connected site.
+
+    Attributes:
+        node_id: Flower's number for it.
+        site: its own name.
+        about: the counts it told.
+    """
+
+    node_id: int
+    site: str
+    about: Mapping[str, object]
+
+
+@dataclass
+class Sites:
+    """Correspondence with the sites.
+
+    Attributes:
+        grid: Flower's.
+        timeout_s: how long an answer may take.
+        traffic: bytes of arrays that crossed, by (what they are, "to sites" or "from sites").
+        constants: weights that no one trains. They travel once: a site keeps them for the run.
+    """
+
+    grid: Grid
+    timeout_s: float
+    traffic: Counter[tuple[str, str]] = field(default_factory=Counter)
+    constants: State = field(default_factory=dict)
+    _holders: set[int] = field(default_factory=set)
+
+    def ask(
+        self, nodes: Mapping[int, str], message_type: str, records: Callable[[int], RecordDict]
+    ) -> tuple[dict[str, RecordDict], Failures]:
+        """Send one message to each node and wait: answers by site, and failures (kind, sentence) by site, both in site order.
+
+        A site that has lost the run's constants, because it was started anew, is told them and asked again.
+        """
+        answers, failures = self._ask(nodes, message_type, records)
+        if forgetful := {node: site for node, site in nodes.items() if failures.get(site, ("",))[0] == "constants"}:
+            self.forget(forgetful)
+            self.tell_constants(forgetful)
+            again, failed_again = self._ask(forgetful, message_type, records)
+            answers, failures = answers | again, failures | failed_again
+            failures = {site: failure for site, failure in failures.items() if site not in answers}
+        return dict(sorted(answers.items())), dict(sorted(failures.items()))
+
+    def _ask(
+        self, nodes: Mapping[int, str], message_type: str, records: Callable[[int], RecordDict]
+    ) -> tuple[dict[str, RecordDict], Failures]:
+        started = time.monotonic()
+        messages = [Message(content=records(node), message_type=message_type, dst_node_id=node) for node in nodes]
+        self.count(messages, "to sites")
+        replies = list(self.grid.send_and_receive(messages, timeout=self.timeout_s))
+        self.count(replies, "from sites")
+        return sort_replies(nodes, replies, time.monotonic() - started)
+
+    def gather(
+        self, nodes: Mapping[int, str], query: str, task: RecordDict, read: Callable[[RecordDict, str], Answer]
+    ) -> tuple[dict[str, Answer], Failures]:
+        """Ask every node the same and read the answers, by site; an answer that cannot be read is a failure."""
+        answers, failures = self.ask(nodes, query, lambda _: task)
+        values: dict[str, Answer] = {}
+        for site, answer in answers.items():
+            try:
+                values[site] = read(answer, f"site {site}")
+            except (ExchangeError, KeyError) as error:
+                failures[site] = ("exchange", str(error))
+        return values, failures
+
+    def set_constants(self, nodes: Mapping[int, str], constants: State) -> None:
+        """Replace the run's constants and tell them to these nodes."""
+        self.constants = constants
+        self._holders.clear()
+        self.tell_constants(nodes)
+
+    def tell_constants(self, nodes: Mapping[int, str]) -> None:
+        """Tell the run's constants to those of the nodes that do not hold them yet.
+
+        Raises:
+            RunError: a site did not take them.
+        """
+        missing = {node: site for node, site in nodes.items() if node not in self._holders} if self.constants else {}
+        if not missing:
+            return
+        arrays, layout = pack(self.constants)
+        task = content(constants=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
+        _, failures = self._ask(missing, "query.constants", lambda _: task)
+        if failures:
+            raise RunError(f"constants: every site must take them, {len(failures)} did not.{reasons(failures)}")
+        self._holders.update(missing)
+
+    def forget(self, nodes: Iterable[int]) -> None:
+        """Note that these nodes have lost the constants."""
+        self._holders.difference_update(nodes)
+
+    def count(self, messages: Iterable[Message], direction: str) -> None:
+        """Add the arrays of messages to the traffic."""
+        for message in messages:
+            if message.has_content():
+                for name, size in array_bytes(message.content).items():
+                    self.traffic[name, direction] += size
+
+
+def sort_replies(nodes: Mapping[int, str], replies: Iterable[Message], waited_s: float) -> tuple[dict[str, RecordDict], Failures]:
+    """Answers and failures by site name, in the order of the names, whatever order they came in."""
+    by_node = {reply.metadata.src_node_id: reply for reply in replies}
+    answers: dict[str, RecordDict] = {}
+    failures: Failures = {}
+    for node, site in sorted(nodes.items(), key=lambda item: item[1]):
+        reply = by_node.get(node)
+        if reply is None:
+            failures[site] = ("silent", f"no answer within {waited_s:.0f} s.")
+        elif reply.has_error():
+            failures[site] = error_kind(reply.error.reason or "")
+        else:
+            answers[site] = reply.content
+    return answers, failures
+
+
+def reasons(failures: Mapping[str, tuple[str, str]]) -> str:
+    """The failures as one line a site."""
+    return "".join(f"\n  {site}: {text}" for site, (_, text) in failures.items())
