@@ -116,9 +116,7 @@ def scanner_sums(
         scanner_N: integer code of the scanner.
         policy: what the site lets out.
     """
-    known_N = ~covariates_NP.isnan().any(dim=1)
-    scanners = [(known_N & (scanner_N == code)).nonzero().squeeze(1) for code in torch.unique(scanner_N)]
-    told = [members for members in scanners if len(members) >= policy.min_group]
+    told = told_scanners(covariates_NP, scanner_N, policy)
     x_NF, c_NP = standard_NF.double(), covariates_NP.double()
     num_features, num_covariates = x_NF.shape[1], c_NP.shape[1]
     cross_PF = torch.full((num_covariates, num_features), torch.nan, dtype=torch.float64)
@@ -159,6 +157,59 @@ def scanner_offsets(parts: Sequence[ScannerSums]) -> tuple[Tensor, Tensor] | Non
     covariate_SP = torch.cat([part.covariate_SP for part in parts]).double()
     offset_SF = mean_SF - covariate_SP @ slope_PF
     return offset_SF - (count_S @ offset_SF) / count_S.sum(), count_S
+
+
+def told_scanners(covariates_NP: Tensor, scanner_N: Tensor, policy: MomentPolicy) -> list[Tensor]:
+    """Indices of the subjects of known covariates of each scanner that is told, in the order of the scanners' codes."""
+    known_N = ~covariates_NP.isnan().any(dim=1)
+    members = [(known_N & (scanner_N == code)).nonzero().squeeze(1) for code in torch.unique(scanner_N)]
+    return [index for index in members if len(index) >= policy.min_group]
+
+
+def nearest_mean_hits(
+    standard_NF: Tensor, told: Sequence[Tensor], mean_SF: Tensor, directions_KF: Tensor, *, first: int, policy: MomentPolicy
+) -> Tensor:
+    """How many subjects of each of a site's told scanners are nearest to their own scanner's mean, (scanners, K + 1) float64.
+
+    Column k is after the first k directions are erased. A subject takes no part in the mean of its own scanner. Rounded as
+    the policy rounds counts; none may be 0.
+
+    Args:
+        standard_NF: standardised features.
+        told: of `told_scanners`.
+        mean_SF: means of all scanners of all sites.
+        directions_KF: orthonormal rows, in the order in which they are erased.
+        first: row of the site's first told scanner in ``mean_SF``; its others follow.
+        policy: what the site lets out.
+    """
+    hits = torch.zeros(len(told), len(directions_KF) + 1, dtype=torch.float64)
+    mean_SF, directions_KF = mean_SF.double(), directions_KF.double()
+    for row, members in enumerate(told):
+        x_nF = standard_NF[members].double()
+        own_nF = (len(members) * x_nF.mean(dim=0) - x_nF) / max(1, len(members) - 1)
+        difference_nSF = x_nF[:, None] - mean_SF
+        difference_nSF[:, first + row] = x_nF - own_nF
+        distance_nS = difference_nSF.square().sum(dim=2)
+        along_nSK = difference_nSF @ directions_KF.T
+        for erased in range(len(directions_KF) + 1):
+            left_nS = distance_nS - along_nSK[:, :, :erased].square().sum(dim=2)
+            hits[row, erased] = float((left_nS.argmin(dim=1) == first + row).sum())
+    return (hits / policy.round_counts_to).round() * policy.round_counts_to
+
+
+def fewest_directions(hits_SK: Tensor, count_S: Tensor, target: float) -> tuple[int, Tensor]:
+    """How many directions to erase until the nearest-mean probe's balanced accuracy is at most a target, and its course (K + 1,).
+
+    All of them when even that does not reach it.
+
+    Args:
+        hits_SK: of `nearest_mean_hits`, one row a scanner of any site.
+        count_S: subjects of each.
+        target: balanced accuracy, the mean over scanners.
+    """
+    accuracy_K = (hits_SK / count_S[:, None]).clamp_max(1.0).mean(dim=0)
+    reached = (accuracy_K <= target).nonzero().flatten()
+    return int(reached[0]) if len(reached) else len(accuracy_K) - 1, accuracy_K
 
 
 def fit_eraser(parts: Sequence[ScannerSums], reference: Reference, *, max_directions: int | None = None) -> Eraser | None:

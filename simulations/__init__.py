@@ -8,4 +8,8 @@ cli              isocenter run, compare, phantom
 speed            our losses beside what one would write or install
 coloured_digits  FairKL where colour gives digits away
 age_maps         representations by age, objective by objective
+methods          other people's federated training, in our loop
+baselines        every baseline of site-effect removal, as embeddings
+site_removal     all methods on the same held-out subjects
+planted          known truth against what the evaluation finds
 """

@@ -5,7 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.erasure import Eraser, ScannerSums, covariates, fit_eraser, scanner_offsets, scanner_sums
+from core.erasure import (
+    Eraser,
+    ScannerSums,
+    covariates,
+    fewest_directions,
+    fit_eraser,
+    nearest_mean_hits,
+    scanner_offsets,
+    scanner_sums,
+    told_scanners,
+)
 from core.moments import MomentPolicy, Reference
 
 ALL = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
@@ -176,3 +186,47 @@ def test_sums_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ScannerSums(**fields | wrong)
+
+
+def test_nearest_mean_hits_are_those_of_a_plain_loop() -> None:
+    data = sites(per_site=24)
+    reference = reference_of(data)
+    parts = [sums_of(site, reference, ALL)[0] for site in data]
+    eraser = fit_eraser(parts, reference)
+    assert eraser is not None
+    means = torch.cat([part.mean_SF for part in parts])
+    directions = eraser.directions_KF
+    first, found = 0, []
+    for site in data:
+        given = covariates(site["age"], site["sex"], site["patient"])
+        told = told_scanners(given, site["scanner"], ALL)
+        x = reference.standard(site["x"])
+        found.append(nearest_mean_hits(x, told, means, directions, first=first, policy=ALL))
+        for row, members in enumerate(told):
+            for k in range(len(directions) + 1):
+                keep = torch.eye(12, dtype=torch.float64) - directions[:k].T @ directions[:k]
+                hits = 0
+                for i in members.tolist():
+                    others = means.clone()
+                    others[first + row] = x[[j for j in members.tolist() if j != i]].mean(dim=0)
+                    hits += int(((x[i] - others) @ keep).square().sum(dim=1).argmin()) == first + row
+                assert found[-1][row, k] == hits
+        first += len(told)
+    counts = torch.cat([part.count_S for part in parts])
+    hits = torch.cat(found)
+    every, course = fewest_directions(hits, counts, 0.0)
+    assert every == len(directions)
+    assert course[0] > 0.8
+    assert float(course[-1]) < 0.6  # what age tells of the site stays
+    some, _ = fewest_directions(hits, counts, float(course[1]))
+    assert some == 1
+    assert fewest_directions(hits, counts, 1.0)[0] == 0
+
+
+def test_hits_are_rounded_as_counts_are() -> None:
+    site = sites(per_site=23)[0]
+    told = [torch.arange(23)]
+    means = torch.stack([site["x"].mean(dim=0), site["x"].mean(dim=0) + 100])
+    hits = nearest_mean_hits(site["x"], told, means, torch.eye(12)[:2], first=0, policy=MomentPolicy())
+    assert hits.tolist() == [[25.0, 25.0, 25.0]]
+    assert fewest_directions(hits, torch.tensor([20.0]), 1.0)[1].tolist() == [1.0, 1.0, 1.0]
