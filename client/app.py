@@ -6,7 +6,7 @@ Nothing that names a subject or a path leaves: failures are logged at the site, 
 import logging
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -20,7 +20,19 @@ from core.config import ConfigError, RunConfig, load_config
 from core.data.manifest import UnusableScansError
 from core.data.site import SiteData
 from core.data.table import TableError
-from core.erasure import covariates, scanner_sums
+from core.erasure import covariates, nearest_mean_hits, scanner_sums, told_scanners
+from core.evaluation.federated import (
+    CLASS_PROBES,
+    Subjects,
+    affordable_columns,
+    group_means,
+    let_out,
+    probe_errors,
+    probe_gradient,
+    probe_moments,
+    told_scores,
+)
+from core.evaluation.sums import RidgeCandidates, SiteProbe, standardised, subject_folds
 from core.exchange import (
     ExchangeError,
     SiteError,
@@ -30,14 +42,17 @@ from core.exchange import (
     pack,
     pack_embeddings,
     pack_groups,
+    pack_message,
     unpack,
+    unpack_eraser,
     unpack_groups,
+    unpack_message,
     unpack_reference,
     unpack_state,
 )
 from core.finetuning import Stage, diagnosis_codes, finetune
 from core.models import CONSTANTS, Classifier, Pretrainer, Standardise, build_classifier, build_pretrainer, num_erased
-from core.moments import GroupMoments, feature_sums, site_moments
+from core.moments import GroupMoments, Reference, feature_sums, groups_of, site_moments, told_subjects
 from core.privacy import harden
 from core.scaling import input_sums
 from core.training import NotFiniteError, TrainResult, embed, pretrain
@@ -238,10 +253,22 @@ def input_rows(work: Work) -> tuple[SiteData, torch.Tensor]:
     return data, rows_NI.detach()
 
 
+def compared(work: Work, data: SiteData) -> torch.Tensor:
+    """Whether scanners are compared by each subject, (N,): healthy, or a patient where the run says so, of known age."""
+    diagnoses = ("control", "patient") if work.config.debias.erase_patients else ("control",)
+    taken_N = torch.tensor([scan.diagnosis in diagnoses for scan in data.scans], dtype=torch.bool)
+    return told_subjects(taken_N & ~data.ages().isnan(), data.scanner_codes(), work.site.moments)
+
+
 @task(app.query("inputs"))
 def query_inputs(work: Work) -> RecordDict:
-    """Sums of the site's inputs, for the standardisation, as far as the site's policy allows."""
-    _, rows_NI = input_rows(work)
+    """Sums of the site's inputs, for the standardisation, as far as the site's policy allows.
+
+    Where sums by scanner follow, both are of the same subjects: their difference tells of no one.
+    """
+    data, rows_NI = input_rows(work)
+    if "input" in work.config.erased_spaces:
+        rows_NI = rows_NI[compared(work, data)]
     return content(sums=ArrayRecord({"sums": Array(input_sums(rows_NI, work.site.moments).numpy())}))
 
 
@@ -251,21 +278,41 @@ def features_of_subjects(work: Work, data: SiteData) -> torch.Tensor:
     return (h_NF if work.received.config_records["config"]["space"] == "h" else z_ND).double()
 
 
+def kernel_labels(work: Work, data: SiteData) -> dict[str, torch.Tensor]:
+    """The labels that groups of scans have in common, (N,) values by name, in the order of FairKL's kernel."""
+    labels = {"age_years": data.ages(), "sex": data.sexes()}
+    return {name: labels[name] for name in work.config.debias.kernel.labels}
+
+
 @task(app.query("sums"))
 def query_sums(work: Work) -> RecordDict:
-    """Sums of the site's features for the reference that all sites standardise by, as far as the site's policy allows."""
-    features_ND = features_of_subjects(work, healthy(work.held.splits["train"]).first_scans())
+    """Sums of the site's features for the reference that all sites standardise by, as far as the site's policy allows.
+
+    They are of the subjects that the moments or the sums by scanner, which follow, are about: their difference tells of no one.
+    """
+    train = work.held.splits["train"]
+    if work.received.config_records["config"]["subjects"] == "scanners":
+        data = train.first_scans()
+        told_N = compared(work, data)
+    else:
+        data = healthy(train).first_scans()
+        groups = groups_of(
+            kernel_labels(work, data), data.scanner_codes(), bin_years=work.config.debias.bin_years, policy=work.site.moments
+        )
+        told_N = torch.zeros(len(data), dtype=torch.bool)
+        told_N[[i for group in groups for i in group.tolist()]] = True
+    features_ND = features_of_subjects(work, data)[told_N]
     return content(sums=ArrayRecord({"sums": Array(feature_sums(features_ND, work.site.moments).numpy())}))
 
 
 @task(app.query("moments"))
 def query_moments(work: Work) -> RecordDict:
-    """Moments of the site's standardised features by scanner and age, as far as the site's policy allows."""
+    """Moments of the site's standardised features by scanner and labels, as far as the site's policy allows."""
     data = healthy(work.held.splits["train"]).first_scans()
     features_ND = features_of_subjects(work, data)
     moments, withheld = site_moments(
         unpack_reference(work.received.array_records["reference"], features_ND.shape[1], "server").rows(features_ND),
-        data.ages(),
+        kernel_labels(work, data),
         data.scanner_codes(),
         bin_years=work.config.debias.bin_years,
         policy=work.site.moments,
@@ -273,28 +320,42 @@ def query_moments(work: Work) -> RecordDict:
     return content(moments=pack_groups(moments), metrics=MetricRecord({"withheld-scans": withheld}))
 
 
-@task(app.query("scanners"))
-def query_scanners(work: Work) -> RecordDict:
-    """Sums of the site's standardised features by scanner, beside covariates, for the eraser, as far as the policy allows."""
+def scanner_features(work: Work) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Standardised features (N, F) of the subjects an eraser is fitted to, their covariates (N, P) and scanners (N,)."""
     debias = work.config.debias
     if work.received.config_records["config"]["space"] == "input":
         data, standard_NF = input_rows(work)
     else:
         data = work.held.splits["train"].first_scans()
         features_NF = features_of_subjects(work, data)
-        standard_NF = unpack_reference(work.received.array_records["reference"], features_NF.shape[1], "server").standard(
-            features_NF
-        )
-    taken = [
-        i
-        for i, scan in enumerate(data.scans)
-        if scan.diagnosis == "control" or (debias.erase_patients and scan.diagnosis == "patient")
-    ]
+        reference = unpack_reference(work.received.array_records["reference"], features_NF.shape[1], "server")
+        standard_NF = reference.standard(features_NF)
+    diagnoses = ("control", "patient") if debias.erase_patients else ("control",)
+    taken_N = torch.tensor([scan.diagnosis in diagnoses for scan in data.scans], dtype=torch.bool)
     given_NP = covariates(data.ages(), data.sexes(), data.patients(), age_degree=debias.erase_age_degree)
-    sums, withheld = scanner_sums(
-        standard_NF.double()[taken], given_NP[taken], data.scanner_codes()[taken], policy=work.site.moments
-    )
+    return standard_NF.double()[taken_N], given_NP[taken_N], data.scanner_codes()[taken_N]
+
+
+@task(app.query("scanners"))
+def query_scanners(work: Work) -> RecordDict:
+    """Sums of the site's standardised features by scanner, beside covariates, for the eraser, as far as the policy allows."""
+    sums, withheld = scanner_sums(*scanner_features(work), policy=work.site.moments)
     return content(scanners=pack_groups(sums), metrics=MetricRecord({"withheld-subjects": withheld}))
+
+
+@task(app.query("hits"))
+def query_hits(work: Work) -> RecordDict:
+    """How often a subject of the site is nearest to its own scanner's mean, by how many directions are erased."""
+    standard_NF, given_NP, scanner_N = scanner_features(work)
+    arrays = {name: torch.from_numpy(array.numpy().copy()) for name, array in work.received.array_records["candidates"].items()}
+    told = told_scanners(given_NP, scanner_N, work.site.moments)
+    first = cast(int, work.received.config_records["config"]["first"])
+    if any(value.ndim != 2 or value.shape[1] != standard_NF.shape[1] for value in arrays.values()) or not (
+        0 <= first <= len(arrays["means"]) - len(told)
+    ):
+        raise ExchangeError(f"server: candidates must be means and directions of {standard_NF.shape[1]} features, with our rows.")
+    hits_SK = nearest_mean_hits(standard_NF, told, arrays["means"], arrays["directions"], first=first, policy=work.site.moments)
+    return content(hits=ArrayRecord({"hits": Array(hits_SK.numpy())}))
 
 
 @task(app.train("finetune"))
@@ -339,3 +400,114 @@ def query_predict(work: Work) -> RecordDict:
         "subject": np.array([subjects.index(scan.subject) for scan in data.scans]),
     }
     return content(predictions=ArrayRecord({name: Array(value) for name, value in scores.items()}))
+
+
+def probed(work: Work, split: str) -> SiteData:
+    """The first scan of each subject whose diagnosis is known: who takes part in the evaluation from sums."""
+    return labelled(work.held.splits[split]).first_scans()
+
+
+def keep_for_probes(work: Work, train_NF: torch.Tensor, test_NF: torch.Tensor) -> None:
+    """Keep what the probes see of the site's subjects, at the site, for the next questions."""
+    rows = {"train": Array(train_NF.double().numpy()), "test": Array(test_NF.double().numpy())}
+    work.memory.array_records["probed"] = ArrayRecord(rows)
+
+
+def kept_for_probes(work: Work, split: str) -> Subjects:
+    """What was kept of a split, beside the labels."""
+    if "probed" not in work.memory.array_records:
+        raise SiteError("probes", "this site must embed its scans before it evaluates, it was started anew; run it again.")
+    data = probed(work, split)
+    scanners = sorted({scan.scanner for part in work.held.splits.values() for scan in part.scans})
+    return Subjects(
+        x_NF=torch.from_numpy(work.memory.array_records["probed"][split].numpy().copy()),
+        age_N=data.ages(),
+        male_N=data.sexes(),
+        patient_N=data.patients(),
+        scanner_N=torch.tensor([scanners.index(scan.scanner) for scan in data.scans], dtype=torch.long),
+        fold_N=subject_folds([scan.subject for scan in data.scans], data.site),
+    )
+
+
+def received_probes(work: Work) -> dict[str, SiteProbe]:
+    """The probes of classes in a message, by name."""
+    told = {name.partition("-")[2]: record for name, record in work.received.array_records.items()}
+    return {name: unpack_message(SiteProbe, told[name], "server") for name in CLASS_PROBES if name in told}
+
+
+@task(app.query("features"))
+def query_features(work: Work) -> RecordDict:
+    """Sums of the site's representations for the probes' reference; the representations stay here for the next questions."""
+    model = received_model(work)
+    records = work.received.array_records
+    rows = []
+    for split in ("train", "test"):
+        data = probed(work, split)
+        h_NF = embed(model, data, work.site.device)[0].double() if len(data) else torch.zeros(0, model.encoder.num_features)
+        rows.append(unpack_eraser(records["eraser"], h_NF.shape[1], "server")(h_NF) if "eraser" in records else h_NF)
+    keep_for_probes(work, *rows)
+    train = let_out(kept_for_probes(work, "train"), work.site.moments)
+    fitted_NF = train.healthy().x_NF if work.received.config_records["config"]["known"] is True else rows[0][:0]
+    sums_3F = feature_sums(fitted_NF, work.site.moments)
+    columns = affordable_columns(train, sums_3F.shape[1] + 1, work.site.moments)
+    return content(sums=ArrayRecord({"sums": Array(sums_3F.numpy())}), metrics=MetricRecord({"columns": columns}))
+
+
+@task(app.query("groups"))
+def query_groups(work: Work) -> RecordDict:
+    """Means of groups of the site's standardised representations, from which the directions that probes see are chosen."""
+    train = let_out(kept_for_probes(work, "train"), work.site.moments)
+    reference = unpack_message(Reference, work.received.array_records["probes-reference"], "server")
+    means = group_means(replace(train, x_NF=standardised(train.x_NF, reference)), work.site.moments)
+    return content(**{"probes-groups": pack_message(means)})
+
+
+@task(app.query("probes"))
+def query_probes(work: Work) -> RecordDict:
+    """Project the representations that were kept, and tell the moments that the probes asked for are fitted from."""
+    records = work.received.array_records
+    reference = unpack_message(Reference, records["probes-reference"], "server")
+    directions_KF = torch.from_numpy(records["probes-directions"]["directions"].numpy().copy())
+    train, test = (standardised(kept_for_probes(work, split).x_NF, reference, directions_KF) for split in ("train", "test"))
+    keep_for_probes(work, train, test)
+    about = work.received.config_records["config"]
+    wanted, seen = cast(list[str], about["probes"]), cast(int, about["seen"])
+    told = probe_moments(let_out(kept_for_probes(work, "train"), work.site.moments), wanted, seen, work.site.moments)
+    return content(**{f"probes-{name}": pack_message(moments) for name, moments in told.items()})
+
+
+@task(app.query("gradient"))
+def query_gradient(work: Work) -> RecordDict:
+    """The site's part of a step of a logistic probe."""
+    train = let_out(kept_for_probes(work, "train"), work.site.moments)
+    class_weight_K = torch.from_numpy(work.received.array_records["probes-weights"]["weights"].numpy().copy())
+    [(name, probe)] = received_probes(work).items()
+    part = probe_gradient(name, probe, class_weight_K, train, site=work.site.name, policy=work.site.moments)
+    return content(**{"probes-gradient": pack_message(part)})
+
+
+@task(app.query("errors"))
+def query_errors(work: Work) -> RecordDict:
+    """How the probes do on the site's held-out subjects."""
+    known = work.received.config_records["config"]["known"] is True
+    train = kept_for_probes(work, "train")
+    age = work.received.array_records.get("probes-age")
+    found = probe_errors(
+        None if age is None else unpack_message(RidgeCandidates, age, "server"),
+        received_probes(work),
+        let_out(train, work.site.moments) if known else train,
+        kept_for_probes(work, "test"),
+        site=work.site.name,
+        known=known,
+        policy=work.site.moments,
+    )
+    return content(**{f"probes-{name}": pack_message(errors) for name, errors in found.items()})
+
+
+@task(app.query("scores"))
+def query_scores(work: Work) -> RecordDict:
+    """Histograms of a classifier's scores of the site's test subjects, as far as the site's policy allows."""
+    data = probed(work, "test")
+    (logits_NC,) = embed(received_classifier(work), data, work.site.device) if len(data) else (torch.zeros(0, 2),)
+    counts = told_scores(logits_NC.double().softmax(dim=1)[:, 1], data.patients().long(), work.site.moments)
+    return content(**{"probes-diagnosis": pack_message(counts)})

@@ -152,22 +152,23 @@ class DebiasConfig(Closed):
     space: Literal["h", "z", "both"] = "h"
     exchange_every: Annotated[int, Field(ge=0)] = 0
     bin_years: Positive = 5.0
-    erase: Literal["none", "auto", "input", "h", "both"] = "none"
+    erase: Literal["none", "auto", "input", "h"] = "none"
     erase_age_degree: Literal[1, 2] = 1
     erase_patients: bool = True
     erase_directions: Annotated[int, Field(ge=1)] | None = None
+    erase_to: Literal["floor", "all"] | Share = "floor"
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DebiasConfig":
         if (self.name == "fairkl") != (self.weight > 0):
             raise ValueError("weight must be positive with fairkl and absent otherwise; use debias=erasure or none without it")
         if (self.name, self.erase == "none") in (("none", False), ("erasure", True)):
-            raise ValueError(f"erase must be auto, input, h or both with erasure, none with debias=none, got {self.erase!r}")
+            raise ValueError(f"erase must be auto, input or h with erasure, none with debias=none, got {self.erase!r}")
         _check_labels("debias.kernel", self.kernel.labels)
-        if self.exchange_every and self.kernel.labels != ("age_years",):
+        if self.exchange_every and self.kernel.bandwidths.get("age_years") == 0:
             raise ValueError(
-                f"kernel.bandwidths must name age_years alone when sites exchange moments, which tell no other label, got "
-                f"{list(self.kernel.labels)}; set exchange_every=0 or the others to null"
+                "kernel.bandwidths.age_years must be positive or null when sites exchange moments of groups of ages, got 0; "
+                "set exchange_every=0 to compare equal ages"
             )
         return self
 
@@ -211,6 +212,7 @@ class StrategyConfig(Closed):
     min_sites: Count | None
     round_timeout_s: Positive
     wait_for_sites_s: Positive
+    admit_late: bool
     keep_checkpoints: Count
 
 
@@ -226,12 +228,21 @@ class FinetuneConfig(Closed):
     weight_decay: Annotated[float, Field(ge=0)]
 
 
+class EvaluationConfig(Closed):
+    """What the evaluation is made of: single scans, or sums alone."""
+
+    name: Literal["auto", "per_scan", "sums", "none"]
+    features: Count
+    directions: Literal["between_groups", "random"]
+    site_probe: Literal["lda", "logistic"]
+
+
 class SimulationConfig(Closed):
     """The policy of virtual sites; no real site reads it."""
 
     min_group: Count
     diagonal_subjects: Count
-    covariance_subjects_per_feature: Count
+    covariance_subjects_per_feature: Annotated[int, Field(ge=0)]
     round_counts_to: Count
     share_per_scan: bool
 
@@ -314,6 +325,7 @@ class RunConfig(Closed):
     strategy: StrategyConfig
     privacy: Annotated[PrivacyChoice, Field(discriminator="name")]
     finetune: FinetuneConfig
+    evaluation: EvaluationConfig
     simulation: SimulationConfig
 
     @model_validator(mode="after")
@@ -325,7 +337,7 @@ class RunConfig(Closed):
                 raise ValueError(f"{part} must be for {self.data.kind}, as data are, got one for {kind}; add {remedy}")
         if self.warmup_rounds >= self.num_rounds:
             raise ValueError(f"warmup_rounds must be less than num_rounds, got {self.warmup_rounds} and {self.num_rounds}")
-        if self.debias.erase in ("input", "both") and self.data.kind != "table":
+        if self.debias.erase == "input" and self.data.kind != "table":
             raise ValueError(f"debias.erase must be auto, h or none when the run reads images, got {self.debias.erase!r}")
         if self.debias.weight > 0 and self.debias.warmup_rounds >= self.num_rounds:
             raise ValueError(
@@ -338,8 +350,8 @@ class RunConfig(Closed):
     @property
     def erased_spaces(self) -> tuple[str, ...]:
         """Where site and scanner are erased: the inputs of rows, before training; the representation h, after it."""
-        auto = "input" if self.data.kind == "table" else "h"
-        return {"none": (), "auto": (auto,), "both": ("input", "h")}.get(self.debias.erase, (self.debias.erase,))
+        auto = ("input", "h") if self.data.kind == "table" else ("h",)
+        return {"none": (), "auto": auto}.get(self.debias.erase, (self.debias.erase,))
 
     @property
     def num_classes(self) -> int | None:

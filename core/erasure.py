@@ -197,17 +197,23 @@ def nearest_mean_hits(
     return (hits / policy.round_counts_to).round() * policy.round_counts_to
 
 
-def fewest_directions(hits_SK: Tensor, count_S: Tensor, target: float) -> tuple[int, Tensor]:
+FLOOR_TOLERANCE = 1.1
+
+
+def fewest_directions(hits_SK: Tensor, count_S: Tensor, target: float | None = None) -> tuple[int, Tensor]:
     """How many directions to erase until the nearest-mean probe's balanced accuracy is at most a target, and its course (K + 1,).
 
-    All of them when even that does not reach it.
+    All of them when even that does not reach it. A direction more than needed takes what it holds of anatomy for no gain.
 
     Args:
         hits_SK: of `nearest_mean_hits`, one row a scanner of any site.
         count_S: subjects of each.
-        target: balanced accuracy, the mean over scanners.
+        target: balanced accuracy, the mean over scanners; None: the floor, within a tenth of what is left when all directions
+            are erased, or chance where that is more.
     """
     accuracy_K = (hits_SK / count_S[:, None]).clamp_max(1.0).mean(dim=0)
+    if target is None:
+        target = max(1 / len(count_S), FLOOR_TOLERANCE * float(accuracy_K[-1]))
     reached = (accuracy_K <= target).nonzero().flatten()
     return int(reached[0]) if len(reached) else len(accuracy_K) - 1, accuracy_K
 

@@ -4,6 +4,7 @@ A state travels packed, one array per dtype with names and shapes beside it: Flo
 which makes a tensor each 5-6 times slower. No pickle: arrays are .npy bytes, everything else text or numbers.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,12 +18,18 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from torch import Tensor
 
-from core.erasure import ScannerSums
+from core.erasure import Eraser, ScannerSums
 from core.evaluation.embeddings import Embeddings
 from core.moments import GroupMoments, Reference
 
 State = dict[str, Tensor]
 Groups = TypeVar("Groups", GroupMoments, ScannerSums)
+Message = TypeVar("Message")
+
+PER_SCAN = ("embeddings", "predictions")
+"""Records with a row a scan, which leave a site only where it shares them."""
+MAX_SUBJECTS = 10_000_000
+MAX_TEXTS, MAX_TEXT_LENGTH = 1000, 500
 
 
 class ExchangeError(ValueError):
@@ -153,6 +160,20 @@ def unpack_reference(arrays: ArrayRecord, features: int, where: str) -> Referenc
     return Reference(mean_D, scale_D)
 
 
+def pack_eraser(eraser: Eraser) -> ArrayRecord:
+    """Mean, scale and directions as they are."""
+    return ArrayRecord({name: Array(_numpy(value)) for name, value in vars(eraser).items()})
+
+
+def unpack_eraser(arrays: ArrayRecord, features: int, where: str) -> Eraser:
+    """The eraser that was packed, checked to be of ``features`` features and finite."""
+    values = {name: torch.from_numpy(arrays[name].numpy().copy()) for name in ("mean_F", "scale_F", "directions_KF")}
+    if any(value.shape[-1] != features for value in values.values()):
+        raise ExchangeError(f"{where}: the eraser must have {features} features, got another number.")
+    check_finite(values)
+    return Eraser(**values)
+
+
 def pack_embeddings(embeddings: Embeddings) -> ArrayRecord:
     """Embeddings and the labels the probes need; text as UTF-8 bytes. Leaves a site only when the site shares per scan."""
     return ArrayRecord(
@@ -163,6 +184,55 @@ def pack_embeddings(embeddings: Embeddings) -> ArrayRecord:
             for name, value in vars(embeddings).items()
         }
     )
+
+
+def pack_message(message: object) -> ArrayRecord:
+    """A dataclass of the evaluation from sums: its tensors as float64 by field name, its texts as JSON in UTF-8 bytes."""
+    values = vars(message)
+    texts = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    tensors = {name: Array(_numpy(value.double())) for name, value in values.items() if isinstance(value, Tensor)}
+    return ArrayRecord({**tensors, "texts": Array(np.frombuffer(json.dumps(texts).encode(), np.uint8).copy())})
+
+
+def unpack_message(kind: type[Message], arrays: ArrayRecord, where: str, **shapes: tuple[int | None, ...]) -> Message:
+    """What was packed, checked by its own kind, in shape, to be finite, and to count no more subjects than there can be.
+
+    Args:
+        kind: the dataclass.
+        arrays: received.
+        where: who sent it.
+        shapes: what shape some fields must have; None is any length. Shape of a field that is empty where withheld: (0, ...).
+    """
+    plain = {field.name for field in dataclasses.fields(kind) if field.type is Tensor}  # type: ignore[arg-type]
+    values: dict[str, object] = {}
+    for name, array in arrays.items():
+        if name == "texts":
+            continue
+        value = array.numpy()
+        if name not in plain or value.dtype != np.float64 or not np.isfinite(value).all():
+            raise ExchangeError(f"{where}: {kind.__name__} must be finite float64 arrays of its fields, got another {name!r}.")
+        if "count" in name and (value.min(initial=0) < 0 or value.max(initial=0) > MAX_SUBJECTS):
+            raise ExchangeError(f"{where}: {name} of {kind.__name__} must be counts of at most {MAX_SUBJECTS} subjects.")
+        values[name] = torch.from_numpy(value.copy())
+    for name, shape in shapes.items():
+        found = tuple(values[name].shape) if isinstance(values.get(name), Tensor) else None  # type: ignore[attr-defined]
+        if found is None or len(found) != len(shape) or any(w not in (None, f) for f, w in zip(found, shape, strict=True)):
+            raise ExchangeError(f"{where}: {name} of {kind.__name__} must have shape {shape}, got {found}.")
+    try:
+        texts = json.loads(arrays["texts"].numpy().tobytes())
+        values |= {name: _plain_texts(value, where) for name, value in texts.items() if name not in plain}
+        return kind(**values)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ExchangeError(f"{where}: {kind.__name__}: {error}") from None
+
+
+def _plain_texts(value: object, where: str) -> object:
+    """Texts and numbers in tuples, as they came; nothing long, nothing of several lines."""
+    if isinstance(value, list) and len(value) <= MAX_TEXTS:
+        return tuple(_plain_texts(entry, where) for entry in value)
+    if type(value) is int or (isinstance(value, str) and len(value) <= MAX_TEXT_LENGTH and value.isprintable()):
+        return value
+    raise ExchangeError(f"{where}: texts must be short lines, got something else.")
 
 
 TEXT_FIELDS = ("site", "scanner", "sex", "diagnosis", "split")

@@ -3,14 +3,16 @@
 For unit vectors the first two moments of the similarity between an anchor z and a remote group g need only that group's
 mean m_g and covariance C_g: E[z.z'] = z.m_g and Var[z.z'] = z' C_g z. No embedding of a scan leaves its site.
 
-Shape legend: N scans, D features, G groups.
+Shape legend: N scans, D features, G groups, L labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+AGE = "age_years"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,7 @@ class MomentPolicy:
 
     Attributes:
         min_group: smallest group whose mean may be sent.
-        diagonal_subjects: smallest group whose variances may be sent.
+        diagonal_subjects: fewest subjects of a site whose sum of squares of each feature may be sent.
         covariance_subjects_per_feature: a full covariance needs this many subjects for each feature.
         round_counts_to: counts are sent rounded to a multiple of this, at least one multiple.
     """
@@ -42,39 +44,37 @@ class MomentPolicy:
 
 @dataclass(frozen=True)
 class GroupMoments:
-    """Moments of unit-length embeddings of G groups (one scanner, neighbouring ages); never of a single scan.
+    """Moments of unit-length embeddings of G groups (one scanner, one sex, neighbouring ages); never of a single scan.
 
     Attributes:
-        label_G: mean target label (age in years) of each group.
+        label_GL: mean of each label of the run's kernel, in its order, such as age in years and sex.
         count_G: number of subjects in each group, rounded by the site that sends it.
         mean_GD: mean embedding.
-        variance_GD: variance of each feature, NaN where the site withholds it.
         covariance_GDD: covariance, NaN where the site withholds it; (0, D, D) when every group's is withheld.
     """
 
-    label_G: Tensor
+    label_GL: Tensor
     count_G: Tensor
     mean_GD: Tensor
-    variance_GD: Tensor
     covariance_GDD: Tensor
 
     def __post_init__(self) -> None:
         groups, features = self.mean_GD.shape
         shapes = {
-            "label_G": (groups,),
+            "label_GL": (groups, self.label_GL.shape[-1]),
             "count_G": (groups,),
-            "variance_GD": (groups, features),
             "covariance_GDD": (groups if len(self.covariance_GDD) else 0, features, features),
         }
         for name, shape in shapes.items():
             if tuple(getattr(self, name).shape) != shape:
                 raise ValueError(f"moments: {name} must have shape {shape}, got {tuple(getattr(self, name).shape)}.")
-        if not (self.label_G.isfinite().all() and self.mean_GD.isfinite().all() and (self.count_G > 0).all()):
+        if not (self.label_GL.isfinite().all() and self.mean_GD.isfinite().all() and (self.count_G > 0).all()):
             raise ValueError("moments: labels and means must be finite and counts positive. Ask the site for its log.")
         if not (self.mean_GD.norm(dim=1) <= 1 + 1e-3).all():
             raise ValueError("moments: means of unit vectors must lie in the unit ball. Ask the site for its log.")
-        if self.variance_GD.isinf().any() or (self.variance_GD < 0).any() or self.covariance_GDD.isinf().any():
-            raise ValueError("moments: variances must be finite and not negative. Ask the site for its log.")
+        variance_GD = self.covariance_GDD.diagonal(dim1=1, dim2=2)
+        if self.covariance_GDD.isinf().any() or (variance_GD < 0).any():
+            raise ValueError("moments: covariances must be finite and variances not negative. Ask the site for its log.")
 
     def __len__(self) -> int:
         return len(self.count_G)
@@ -88,17 +88,15 @@ class GroupMoments:
         """The same moments with the device and dtype of another tensor."""
         return GroupMoments(*(getattr(self, field.name).to(like) for field in fields(self)))
 
-    def similarity(self, z_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance, (N, G) each, of the similarity of every anchor to each group; variance NaN where withheld."""
+    def similarity(self, z_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and variance, (N, G) each, of the similarity of every anchor to each group; no variance where one is withheld.
+
+        The variances of single features would not do: features vary together, and z' C z is many times what its diagonal gives.
+        """
         mean_NG = z_ND @ self.mean_GD.T
-        variance_NG = z_ND.square() @ self.variance_GD.T
-        if len(self.covariance_GDD):
-            # NaN must not enter the product: its gradient would be NaN even where the result is not used.
-            withheld_G = self.covariance_GDD.isnan().flatten(1).any(dim=1)
-            known_GDD = self.covariance_GDD.masked_fill(withheld_G[:, None, None], 0.0)
-            full_NG = torch.einsum("nd,gde,ne->ng", z_ND, known_GDD, z_ND)
-            variance_NG = torch.where(withheld_G, variance_NG, full_NG)
-        return mean_NG, variance_NG
+        if not len(self.covariance_GDD) or bool(self.covariance_GDD.isnan().any()):
+            return mean_NG, None
+        return mean_NG, torch.einsum("nd,gde,ne->ng", z_ND, self.covariance_GDD, z_ND)
 
 
 @dataclass(frozen=True)
@@ -130,13 +128,22 @@ class Reference:
         return torch.nn.functional.normalize(self.standard(features_ND), dim=1)
 
 
+def told_subjects(taken_N: Tensor, scanner_N: Tensor, policy: MomentPolicy) -> Tensor:
+    """Whether each subject may count in a sum, (N,): taken, and at a scanner that has ``policy.min_group`` of the taken.
+
+    A sum over a whole site, less the means of the scanners told, would be the sum of a scanner that the site withholds.
+    """
+    size_N = ((scanner_N[:, None] == scanner_N[None, :]) & taken_N[None, :]).sum(dim=1)
+    return taken_N & (size_N >= policy.min_group)
+
+
 def feature_sums(features_ND: Tensor, policy: MomentPolicy) -> Tensor:
     """Count, sum and sum of squares of every feature, (3, D) float64, one row a subject: what a site sends for the reference.
 
     All is NaN below ``policy.min_group`` subjects, the squares below ``policy.diagonal_subjects``.
     """
     features_ND = features_ND.double()
-    count_D = torch.full_like(features_ND[0], len(features_ND))
+    count_D = features_ND.new_full((features_ND.shape[1],), len(features_ND))
     sums_3D = torch.stack([count_D, features_ND.sum(dim=0), features_ND.square().sum(dim=0)])
     if len(features_ND) < policy.diagonal_subjects:
         sums_3D[2] = torch.nan
@@ -168,11 +175,10 @@ def concatenate(parts: Sequence[GroupMoments]) -> GroupMoments:
             part
             if len(part.covariance_GDD)
             else GroupMoments(
-                part.label_G,
+                part.label_GL,
                 part.count_G,
                 part.mean_GD,
-                part.variance_GD,
-                torch.full_like(part.variance_GD, torch.nan)[:, :, None].expand(-1, -1, part.mean_GD.shape[1]),
+                torch.full_like(part.mean_GD, torch.nan)[:, :, None].expand(-1, -1, part.num_features),
             )
             for part in parts
         ]
@@ -199,49 +205,56 @@ def age_groups(age_N: Tensor, *, bin_years: float, min_group: int) -> list[Tenso
     return [torch.cat(group) for group in groups]
 
 
-def groups_of(age_N: Tensor, scanner_N: Tensor, *, bin_years: float, policy: MomentPolicy) -> list[Tensor]:
-    """Indices of the scans of each group: one scanner, neighbouring ages, as many subjects as the policy asks for."""
-    return [
-        members[group]
-        for scanner in torch.unique(scanner_N)
-        for members in [(scanner_N == scanner).nonzero().squeeze(1)]
-        for group in age_groups(age_N[members], bin_years=bin_years, min_group=policy.min_group)
-    ]
+def groups_of(labels: Mapping[str, Tensor], scanner_N: Tensor, *, bin_years: float, policy: MomentPolicy) -> list[Tensor]:
+    """Indices of the scans of each group: as many subjects as the policy asks for, of one scanner and of like labels.
+
+    Ages are joined by `age_groups`; of any other label, such as sex, a group has one value. The edges that groups may have are
+    so the same at every site and known to all. Scans with an unknown (NaN) label belong to none.
+    """
+    classes_NC = torch.stack([scanner_N.double(), *(value_N.double() for name, value_N in labels.items() if name != AGE)], dim=1)
+    known_N = ~torch.stack([value_N.isnan() for value_N in labels.values()]).any(dim=0)
+    groups = []
+    for class_C in torch.unique(classes_NC[known_N], dim=0):
+        members = (known_N & (classes_NC == class_C).all(dim=1)).nonzero().squeeze(1)
+        if AGE in labels:
+            joined = age_groups(labels[AGE][members], bin_years=bin_years, min_group=policy.min_group)
+            groups += [members[group] for group in joined]
+        elif len(members) >= policy.min_group:
+            groups.append(members)
+    return groups
 
 
 def site_moments(
-    z_ND: Tensor, age_N: Tensor, scanner_N: Tensor, *, bin_years: float, policy: MomentPolicy
+    z_ND: Tensor, labels: Mapping[str, Tensor], scanner_N: Tensor, *, bin_years: float, policy: MomentPolicy
 ) -> tuple[GroupMoments, int]:
-    """Moments of a site's embeddings by scanner and age, as far as its policy allows, and the number of withheld scans.
+    """Moments of a site's embeddings by scanner and labels, as far as its policy allows, and the number of withheld scans.
 
     Args:
         z_ND: (N, D) unit-length embeddings, one row a subject, float64 for exact results.
-        age_N: (N,) years, NaN where unknown.
+        labels: those of the run's kernel, in its order: (N,) values each, NaN where unknown.
         scanner_N: (N,) integer code of the scanner.
         bin_years: width of the public age cells that groups are joined from.
         policy: what the site lets out.
     """
     features = z_ND.shape[1]
-    groups = groups_of(age_N, scanner_N, bin_years=bin_years, policy=policy)
+    groups = groups_of(labels, scanner_N, bin_years=bin_years, policy=policy)
     withheld = len(z_ND) - sum(map(len, groups))
     no_covariance_0DD = z_ND.new_zeros(0, features, features)
     if not groups:
         empty = z_ND.new_zeros
-        return GroupMoments(empty(0), empty(0), empty(0, features), empty(0, features), no_covariance_0DD), withheld
+        none = GroupMoments(empty(0, len(labels)), empty(0), empty(0, features), no_covariance_0DD)
+        return none, withheld
     parts = []
     for group in groups:
         mean_D = z_ND[group].mean(dim=0)
         centred_nD = z_ND[group] - mean_D
-        covariance_DD = centred_nD.T @ centred_nD / len(group)
         full = len(group) >= policy.covariance_subjects_per_feature * features
-        diagonal = full or len(group) >= policy.diagonal_subjects
         parts.append(
             GroupMoments(
-                age_N[group].to(z_ND).mean()[None],
+                torch.stack([value_N[group].to(z_ND).mean() for value_N in labels.values()])[None],
                 z_ND.new_tensor([float(policy.rounded(len(group)))]),
                 mean_D[None],
-                covariance_DD.diagonal()[None] if diagonal else torch.full_like(mean_D, torch.nan)[None],
-                covariance_DD[None] if full else no_covariance_0DD,
+                (centred_nD.T @ centred_nD / len(group))[None] if full else no_covariance_0DD,
             )
         )
     return concatenate(parts), withheld

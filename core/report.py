@@ -22,7 +22,7 @@ from core.checkpoint import write_atomically
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, NotEvaluableError
 from core.evaluation.probes import planar_map
-from core.evaluation.words import digits, find, verdict, with_interval
+from core.evaluation.words import LINEAR_PROBES, digits, find, linear_probe, verdict, with_interval
 from core.report_page import PAGE
 
 STAGES = {
@@ -43,13 +43,22 @@ METRICS = {
     "balanced_accuracy_boosting": "balanced accuracy, boosting",
     "balanced_accuracy_heldout": "balanced accuracy among held-out",
     "balanced_accuracy_knn_heldout": "balanced accuracy among held-out, 10-NN",
+    "balanced_accuracy_lda": "balanced accuracy, discriminants from sums",
+    "balanced_accuracy_logistic": "balanced accuracy, logistic from gradients",
+    "balanced_accuracy_nearest": "balanced accuracy, nearest mean",
+    "balanced_accuracy_binned": "balanced accuracy, counted at the sites",
     "ilisi": "sites mixed, iLISI",
     "ilisi_normalised": "sites mixed, share of random",
     "silhouette": "silhouette",
     "mmd2": "MMD² between sites",
     "explained_variance": "variance explained",
     "auc": "AUC",
+    "auc_lda": "AUC, discriminants from sums",
+    "auc_binned": "AUC, from histograms",
     "mae": "MAE, years",
+    "mae_sums": "MAE from sums, years",
+    "mae_sums_unseen": "MAE from sums at unseen sites, years",
+    "r2_sums": "R² from sums",
     "mae_unseen": "MAE at unseen sites, years",
     "mae_leave_site_out": "MAE, site left out of the fit, years",
     "r2": "R²",
@@ -64,12 +73,14 @@ METRICS = {
 REFERENCES = ("chance", "age_sex_floor")
 # Filled: a linear probe; the floor and chance drawn are those of the probe fitted on train.
 PROBE_MARKERS = {
-    "balanced_accuracy": "o",
+    **dict.fromkeys(LINEAR_PROBES, "o"),
     "balanced_accuracy_knn": "o",
     "balanced_accuracy_boosting": "s",
     "balanced_accuracy_heldout": "D",
 }
-HOLLOW = ("balanced_accuracy_knn", "balanced_accuracy_boosting", "mae_unseen")
+HOLLOW = ("balanced_accuracy_knn", "balanced_accuracy_nearest", "balanced_accuracy_boosting", "mae_unseen", "mae_sums_unseen")
+AGE_ERRORS = ("mae", "mae_unseen", "mae_sums", "mae_sums_unseen")
+AREAS = ("auc", "auc_lda", "auc_binned")
 MAX_SCANS_IN_MAP = 1000
 MAX_SITES_IN_LEGEND = 21
 
@@ -120,6 +131,7 @@ class RunRecord:
         evaluations: As in metrics.json.
         maps: Embeddings by stage, those that were shared.
         notes: Sentences on what was left out, and why.
+        traffic: Bytes of arrays that crossed the wire, by what they are and "to sites" or "from sites".
     """
 
     name: str
@@ -130,6 +142,7 @@ class RunRecord:
     evaluations: Sequence[Evaluation] = ()
     maps: Mapping[str, Embeddings] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    traffic: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def write_report(folder: Path, record: RunRecord) -> Path:
@@ -178,30 +191,31 @@ def _row_labels(rows: Sequence[Evaluation]) -> list[str]:
 
 def _cards(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     cards = []
-    for title, stages, task, metric, others in (
+    for title, stages, task, metrics, others in (
         (
             "Site predictability, {stage}",
             ("erased", "pretrained"),
             "site",
-            "balanced_accuracy",
+            LINEAR_PROBES,
             (("untrained", "before"), ("age_sex_floor", "floor"), ("chance", "chance")),
         ),
-        ("Age error in years, {stage}", ("erased", "pretrained"), "age", "mae", (("untrained", "before"),)),
+        ("Age error in years, {stage}", ("erased", "pretrained"), "age", ("mae", "mae_sums"), (("untrained", "before"),)),
         (
             "Diagnosis AUC, {stage}",
             ("full_finetuning", "linear_probe", "pretrained"),
             "diagnosis",
-            "auc",
+            ("auc", "auc_binned", "auc_lda"),
             (("from_scratch", "from scratch"),),
         ),
     ):
-        now = next((e for stage in stages if (e := find(evaluations, stage, task, metric)) is not None), None)
+        found = (find(evaluations, stage, task, metric) for metric in metrics for stage in stages)
+        now = next((e for e in found if e is not None), None)
         if now is None:
             continue
         beside = [
             f"{words} {_figure(e.value, e)}"
             for stage, words in others
-            if (e := find(evaluations, stage, task, metric)) is not None
+            if (e := find(evaluations, stage, task, now.metric)) is not None
         ]
         cards.append({"title": title.format(stage=_stage(now.stage).lower()), "now": now, "beside": ", ".join(beside)})
     return cards
@@ -270,6 +284,32 @@ def _problems(record: RunRecord) -> list[str]:
     for (stage, site), rounds in not_finite.items():
         problems.append(f"{stage}, {_rounds(rounds)}: {site} reported a number that is not finite; it is not drawn.")
     return problems
+
+
+TRAFFIC = {
+    "weights": "Weights",
+    "constants": "Constants that no one trains: standardisation and erasure of inputs",
+    "sums": "Sums of inputs or representations",
+    "reference": "Mean and spread that all sites standardise by",
+    "moments": "Moments of groups, for FairKL across sites",
+    "scanners": "Sums by scanner, for the erasure",
+    "eraser": "The eraser, for the evaluation",
+    "probes": "Evaluation from sums: moments, probes, counts",
+    "embeddings": "Representations of single scans, where sites share them",
+    "predictions": "Scores of single scans, where sites share them",
+}
+
+
+def _traffic_rows(traffic: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, str]]:
+    """What crossed the wire, to sites and from sites, in words."""
+    return [
+        (TRAFFIC.get(kind, kind), _size(sizes.get("to sites", 0)), _size(sizes.get("from sites", 0)))
+        for kind, sizes in traffic.items()
+    ]
+
+
+def _size(num_bytes: int) -> str:
+    return "—" if not num_bytes else f"{num_bytes / 1e6:.2f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def _rounds(numbers: Sequence[int]) -> str:
@@ -341,6 +381,7 @@ def _page(record: RunRecord, looks: Mapping[str, "_Look"], figures: Mapping[str,
         other_rows=[e for e in overall if e.task not in shown],
         pivots=_pivots(record.evaluations, list(looks)),
         problems=_problems(record),
+        traffic=_traffic_rows(record.traffic),
         colours={site: look.colour for site, look in looks.items()},
     )
 
@@ -540,7 +581,7 @@ def _draw_site_predictability(evaluations: Sequence[Evaluation]) -> Figure | Non
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (task, rows) in zip(axes, panels, strict=True):
         for stage, colour in (("chance", SOFT), ("age_sex_floor", "#009E73")):
-            reference = find(evaluations, stage, task, "balanced_accuracy")
+            reference = find(evaluations, stage, task, linear_probe(evaluations))
             if reference is None:
                 continue
             axis.axvline(reference.value, color=colour, linewidth=1.2, linestyle=":" if stage == "chance" else "-", zorder=1)
@@ -565,21 +606,21 @@ def _draw_site_predictability(evaluations: Sequence[Evaluation]) -> Figure | Non
 
 
 def _draw_age_error(evaluations: Sequence[Evaluation], looks: Mapping[str, _Look]) -> Figure | None:
-    errors = [e for e in evaluations if e.task == "age" and e.metric in ("mae", "mae_unseen")]
+    errors = [e for e in evaluations if e.task == "age" and e.metric in AGE_ERRORS]
     overall = _in_order(e for e in errors if e.site == "all")
     if not overall:
         return None
-    last = overall[-1].stage if find(errors, "pretrained", "age", "mae") is None else "pretrained"
+    last = "pretrained" if any(e.stage == "pretrained" for e in overall) else overall[-1].stage
     single = [e for site in looks for e in errors if e.site == site and e.stage == last]
     panels = 2 if single else 1
     figure = Figure(figsize=(10, 1.2 + 0.3 * max(len(overall), len(single))), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False, sharex=True)[0]
     unseen = {True: ", unseen sites", False: ""}
-    labels = [f"{label}{unseen[e.metric == 'mae_unseen']}" for e, label in zip(overall, _row_labels(overall), strict=True)]
+    labels = [f"{label}{unseen[e.metric.endswith('_unseen')]}" for e, label in zip(overall, _row_labels(overall), strict=True)]
     _dots(axes[0], overall, labels, [INK if e.stage == "pretrained" else SOFT for e in overall])
     axes[0].set(title="All sites", xlabel="mean absolute error, years")
     if single:
-        labels = [f"{_short(e.site)}{' (unseen)' if e.metric == 'mae_unseen' else ''}" for e in single]
+        labels = [f"{_short(e.site)}{' (unseen)' if e.metric.endswith('_unseen') else ''}" for e in single]
         markers = [looks[e.site].marker for e in single]
         _dots(axes[1], single, labels, [looks[e.site].colour for e in single], markers)
         axes[1].set(title=f"{_short(_stage(last))}, by site", xlabel="mean absolute error, years")
@@ -588,7 +629,7 @@ def _draw_age_error(evaluations: Sequence[Evaluation], looks: Mapping[str, _Look
 
 
 def _draw_diagnosis(evaluations: Sequence[Evaluation]) -> Figure | None:
-    rows = _in_order(e for e in evaluations if (e.task, e.metric, e.site) == ("diagnosis", "auc", "all"))
+    rows = _in_order(e for e in evaluations if (e.task, e.site) == ("diagnosis", "all") and e.metric in AREAS)
     if not rows:
         return None
     figure = Figure(figsize=(10, 1.1 + 0.32 * len(rows)), layout="constrained")

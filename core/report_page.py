@@ -129,6 +129,17 @@ footer { margin-top: 56px; padding-top: 12px; border-top: 1px solid var(--line);
 {% endfor %}
 </tbody></table></div>
 {% else %}<p>No site described itself.</p>{% endif %}
+{% if traffic %}
+<h3>What crossed the wire</h3>
+<p>Bytes of arrays between the server and all sites together; headers, names and encryption come on top.</p>
+<div class="wide"><table>
+<thead><tr><th>What</th><th class="n">To sites</th><th class="n">From sites</th></tr></thead>
+<tbody>
+{% for what, to_sites, from_sites in traffic %}
+<tr><td>{{ what }}</td><td class="n">{{ to_sites }}</td><td class="n">{{ from_sites }}</td></tr>
+{% endfor %}
+</tbody></table></div>
+{% endif %}
 <h3>Configuration</h3>
 {% if config %}
 <div class="config">
@@ -234,6 +245,11 @@ share, 1 is what neighbours drawn at random would give.</dd>
 of the variance of the representation that site explains beyond age and sex, or age beyond site and sex. Both are about 0,
 and may be negative, where there is no effect.</dd>
 <dt>AUC</dt><dd>The chance that a random patient is ranked above a random control. Only sites that have both take part.</dd>
+<dt>From sums</dt><dd>Probes that sites fit together without sharing a scan, on a few directions of the representation, which the
+notes name: ridge regression from moments, linear discriminants from class means and a covariance (or logistic regression from
+gradients), and the nearest class mean. They are weaker than probes of all of it: compare them with their own floor. Errors are
+counted at the sites, which withhold what is of too few subjects; counts are rounded. Intervals are in closed form: normal for
+errors, Wilson's for recalls, DeLong's for an AUC, widened by what its histogram may hide.</dd>
 <dt>No claim</dt><dd>A low site predictability says that these probes fail on these sites, not that no probe can succeed, and
 nothing about privacy. An AUC here is no measure of use in a clinic. One run with one seed does not rank two methods; when
 intervals overlap, take the difference as open.</dd>

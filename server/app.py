@@ -5,33 +5,30 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from core.checkpoint import Checkpoint, save_checkpoint
+from core.checkpoint import Checkpoint, save_checkpoint, write_atomically
 from core.config import ConfigError, RunConfig, describe, load_config
 from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, write_metrics
-from core.evaluation.probes import chance_and_floor, evaluate, evaluate_predictions
-from core.exchange import ExchangeError, State, content, fingerprint, pack, unpack, unpack_embeddings
+from core.evaluation.reading import ROLES
+from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack, unpack
 from core.models import build_classifier, build_pretrainer, num_erased, split_constants
 from core.moments import Reference
 from core.report import RunRecord, write_report
 from core.scaling import standardisation_from, standardising
+from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
 from server.sites import Answer, Node, RunError, Sites, reasons
-from server.strategy import NOTHING_ERASED, SiteRounds, eraser_from, read_scanners, read_sums
+from server.strategy import MIN_CONTRAST_SUBJECTS, NOTHING_ERASED, SiteRounds, eraser_from, read_scanners, read_sums
 
 log = logging.getLogger("isocenter")
 app = ServerApp()
-
-MIN_CONTRAST_SUBJECTS = 4
 
 
 @dataclass
@@ -85,20 +82,23 @@ def carry_out(grid: Grid, context: Context) -> None:
     about = Checkpoint(untrained | sites.constants, "untrained", 0, describe(config))
     save_checkpoint(folder / "checkpoints", about, keep=1)
     widths = {"h": model.encoder.num_features, "z": config.embedding_size}
-    strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths)
+    strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths, nodes)
     pretrained = rounds(grid, strategy, untrained)
+    nodes, pretraining = sorted(strategy.met, key=lambda node: node.site), strategy.nodes
+    evaluated = evaluated | pretraining
     eraser = erase(strategy, pretrained, folder, config, results) if "h" in config.erased_spaces else None
 
+    how, notes = choose_evaluation(nodes, evaluated, config)
+    results.add(([], notes))
+    stages: Stages = {"untrained": (untrained, None), "pretrained": (pretrained, None)}
+    if eraser is not None:
+        stages["erased"] = (pretrained, eraser)
     maps: dict[str, Embeddings] = {}
-    for stage, state in (("untrained", untrained), ("pretrained", pretrained)):
-        log.info("evaluating the %s encoder on held-out subjects", stage)
-        embeddings = collect_embeddings(sites, evaluated, state, results)
-        if embeddings is not None:
-            maps[stage] = embeddings
-            probe(embeddings, stage, set(pretraining.values()), config, results)
-            if stage == "pretrained" and eraser is not None:
-                maps["erased"] = replace(embeddings, h_NF=eraser(torch.from_numpy(embeddings.h_NF)).numpy())
-                probe(maps["erased"], "erased", set(pretraining.values()), config, results)
+    if how == "per_scan":
+        maps, found = evaluate_scans(sites, evaluated, pretraining, stages, config)
+        results.add(found)
+    elif how == "sums":
+        results.add(evaluate_sums(sites, evaluated, pretraining, stages, config, widths["h"]))
 
     for stage in config.finetune.stages if targets else ():
         classifier = build_classifier(
@@ -108,7 +108,9 @@ def carry_out(grid: Grid, context: Context) -> None:
         if stage != "from_scratch":
             initial |= {name: value for name, value in pretrained.items() if name.startswith("encoder.")}
         finetuned = rounds(grid, SiteRounds(config, stage, sites, targets, initial, folder), initial)
-        score_predictions(sites, targets, finetuned, stage, config, results)
+        if how != "none":
+            score = score_predictions if how == "per_scan" else score_counted
+            results.add(score(sites, targets, finetuned, stage, config))
 
     finish(folder, config, sites, nodes, pretraining, targets, maps, results)
 
@@ -320,56 +322,6 @@ def erase(strategy: SiteRounds, pretrained: State, folder: Path, config: RunConf
     return eraser
 
 
-def collect_embeddings(sites: Sites, nodes: Mapping[int, str], state: State, results: Results) -> Embeddings | None:
-    """Representations from the sites that share them; the others are named in the notes."""
-    arrays, layout = pack(state)
-    task = content(arrays=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
-    answers, failures = sites.ask(nodes, "query.embed", lambda _: task)
-    note_refusals(failures, results)
-    parts = []
-    for site, answer in answers.items():
-        parts.append(unpack_embeddings(answer.array_records["embeddings"]))
-        if set(parts[-1].site.tolist()) != {site}:
-            raise RunError(f"site {site}: embeddings must be its own, got another site's name. Ask the site for its log.")
-    return Embeddings.concatenate(parts) if parts else None
-
-
-def score_predictions(
-    sites: Sites, nodes: Mapping[int, str], state: State, stage: str, config: RunConfig, results: Results
-) -> None:
-    """Score a fine-tuned classifier on the test scans of the sites that share their scores."""
-    arrays, layout = pack(state)
-    task = content(arrays=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
-    answers, failures = sites.ask(nodes, "query.predict", lambda _: task)
-    note_refusals(failures, results)
-    if answers:
-        columns = {
-            site: {k: v.numpy() for k, v in answer.array_records["predictions"].items()} for site, answer in answers.items()
-        }
-        joined = {name: np.concatenate([column[name] for column in columns.values()]) for name in ("label", "score", "subject")}
-        site = np.concatenate([np.full(len(column["label"]), name) for name, column in columns.items()])
-        found = evaluate_predictions(
-            joined["label"], joined["score"], joined["subject"], site, stage=stage, regime="federated", seed=config.seed
-        )
-        results.add(found)
-
-
-def note_refusals(failures: Mapping[str, tuple[str, str]], results: Results) -> None:
-    """A site that keeps its scans' results at home is noted; any other failure stops the run."""
-    broken = {site: failure for site, failure in failures.items() if failure[0] != "policy"}
-    if broken:
-        raise RunError(f"evaluation: every site must answer, {len(broken)} did not.{reasons(broken)}")
-    results.add(([], [f"{site}: {text}" for site, (_, text) in failures.items()]))
-
-
-def probe(embeddings: Embeddings, stage: str, pretraining: set[str], config: RunConfig, results: Results) -> None:
-    """Site, scanner and age at the pretraining sites, age at sites never seen, diagnosis and sex everywhere."""
-    results.add(evaluate(embeddings, stage=stage, regime="federated", seed=config.seed, known_sites=pretraining))
-    if stage == "pretrained":
-        seen = embeddings.select(np.isin(embeddings.site, sorted(pretraining)))
-        results.add(chance_and_floor(seen, regime="federated", seed=config.seed))
-
-
 def finish(
     folder: Path,
     config: RunConfig,
@@ -380,8 +332,16 @@ def finish(
     maps: Mapping[str, Embeddings],
     results: Results,
 ) -> None:
-    """Write metrics.json and the report, and log the summary table."""
+    """Write the figures, who had which role, what crossed the wire and the report, and log the summary table."""
     write_metrics(folder / "metrics.json", results.evaluations)
+    roles = {
+        "pretraining": sorted(pretraining.values()),
+        "target": sorted(targets.values()),
+        "unseen": sorted(node.site for node in nodes if node.node_id not in pretraining),
+    }
+    write_atomically(folder / ROLES, (json.dumps(roles, indent=1) + "\n").encode())
+    traffic = traffic_by_kind(sites.traffic)
+    write_atomically(folder / "traffic.json", (json.dumps(traffic, indent=1) + "\n").encode())
     for stage, embeddings in maps.items():
         embeddings.save(folder / f"embeddings-{stage}.npz")
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
@@ -408,18 +368,56 @@ def finish(
         evaluations=results.evaluations,
         maps=dict(maps),
         notes=results.notes,
+        traffic=traffic,
     )
     report = write_report(folder, record)
     for line in summary(results.evaluations):
         log.info("%s", line)
+    log.info("%s", about_traffic(traffic))
     log.info("report: %s", report)
 
 
+def traffic_by_kind(traffic: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int]]:
+    """Bytes of arrays by what they are and by direction, weights first, then the most first."""
+    kinds = {kind: sum(size for (of, _), size in traffic.items() if of == kind) for kind, _ in traffic}
+    ordered = sorted(kinds, key=lambda kind: (kind != "weights", -kinds[kind], kind))
+    return {kind: {direction: traffic.get((kind, direction), 0) for direction in ("to sites", "from sites")} for kind in ordered}
+
+
+def about_traffic(traffic: Mapping[str, Mapping[str, int]]) -> str:
+    """What everything but weights and results of single scans came to, beside the weights."""
+    weights = sum(traffic.get("weights", {}).values())
+    rest = sum(sum(sizes.values()) for kind, sizes in traffic.items() if kind not in ("weights", *PER_SCAN))
+    share = f", {rest / weights:.1%} of the weights' bytes" if weights else ""
+    return f"constants, exchange, erasure and probes: {rest / 1e6:.2f} MB of arrays{share}"
+
+
+# What a user looks for first, in this order; the report has every figure.
+SUMMARY = (
+    ("site", "balanced_accuracy"),
+    ("site", "balanced_accuracy_lda"),
+    ("site", "balanced_accuracy_logistic"),
+    ("site", "balanced_accuracy_nearest"),
+    ("site", "balanced_accuracy_knn"),
+    ("site", "balanced_accuracy_heldout"),
+    ("site", "balanced_accuracy_boosting"),
+    ("age", "mae"),
+    ("age", "mae_sums"),
+    ("age", "mae_unseen"),
+    ("age", "mae_sums_unseen"),
+    ("diagnosis", "auc"),
+    ("diagnosis", "auc_lda"),
+    ("diagnosis", "auc_binned"),
+)
+
+
 def summary(evaluations: list[Evaluation]) -> list[str]:
-    """The figures over all sites as aligned lines."""
-    return [f"{'stage':<18}{'task':<11}{'metric':<24}{'value':>8}  95 % interval"] + [
-        f"{e.stage:<18}{e.task:<11}{e.metric:<24}{e.value:>8.3f}"
+    """The figures over all sites that a user looks for first, as aligned lines."""
+    first = [e for wanted in SUMMARY for e in evaluations if e.site == "all" and (e.task, e.metric) == wanted]
+    stages = list(dict.fromkeys(e.stage for e in evaluations))
+    ordered = sorted(first, key=lambda e: ({"age_sex_floor": 1, "chance": 2}.get(e.stage, 0), stages.index(e.stage)))
+    return [f"{'stage':<18}{'task':<11}{'metric':<28}{'value':>8}  95 % interval"] + [
+        f"{e.stage:<18}{e.task:<11}{e.metric:<28}{e.value:>8.3f}"
         + (f"  [{e.low:.3f}, {e.high:.3f}]" if e.low is not None else "")
-        for e in evaluations
-        if e.site == "all"
+        for e in ordered
     ]

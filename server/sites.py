@@ -81,10 +81,14 @@ class Sites:
         return sort_replies(nodes, replies, time.monotonic() - started)
 
     def gather(
-        self, nodes: Mapping[int, str], query: str, task: RecordDict, read: Callable[[RecordDict, str], Answer]
+        self,
+        nodes: Mapping[int, str],
+        query: str,
+        task: RecordDict | Callable[[int], RecordDict],
+        read: Callable[[RecordDict, str], Answer],
     ) -> tuple[dict[str, Answer], Failures]:
-        """Ask every node the same and read the answers, by site; an answer that cannot be read is a failure."""
-        answers, failures = self.ask(nodes, query, lambda _: task)
+        """Ask every node, the same or each its own, and read the answers, by site; one that cannot be read is a failure."""
+        answers, failures = self.ask(nodes, query, task if callable(task) else lambda _: task)
         values: dict[str, Answer] = {}
         for site, answer in answers.items():
             try:

@@ -3,7 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import cast
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, save_checkpoint
 from core.config import RunConfig, describe
-from core.erasure import Eraser, ScannerSums, fit_eraser
+from core.erasure import Eraser, ScannerSums, fewest_directions, fit_eraser
 from core.exchange import (
     ExchangeError,
     check_like,
@@ -31,7 +32,7 @@ from core.exchange import (
     unpack_state,
 )
 from core.moments import GroupMoments, Reference, concatenate, reference_from
-from server.sites import Answer, RunError, Sites, reasons, sort_replies
+from server.sites import Answer, Node, RunError, Sites, reasons, sort_replies
 
 log = logging.getLogger("isocenter")
 
@@ -39,6 +40,7 @@ NOTHING_ERASED = (
     "Covariates and scanner must be told apart: two scanners must be told, and a site large enough to tell how features change "
     "with age."
 )
+MIN_CONTRAST_SUBJECTS = 4
 STOP_AT_ONCE = {"not_finite", "code"}
 
 
@@ -56,6 +58,7 @@ class SiteRounds(FedAvg):
         template: a state with the names, shapes and dtypes that every reply must have, without constants.
         folder: where checkpoints and ``rounds.jsonl`` go.
         widths: number of features of the spaces ``h`` and ``z``, for what is exchanged about them.
+        met: every site that has told about itself, in pretraining or not; who connects later may be taken in.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class SiteRounds(FedAvg):
         template: Mapping[str, Tensor],
         folder: Path,
         widths: Mapping[str, int] = MappingProxyType({}),
+        met: Sequence[Node] = (),
     ) -> None:
         super().__init__(min_train_nodes=1, min_available_nodes=1)
         self.config = config
@@ -77,11 +81,14 @@ class SiteRounds(FedAvg):
         self.folder = folder
         self.widths = widths
         self.num_rounds = config.num_rounds if stage == "pretrain" else config.finetune.num_rounds
-        self.quorum = min(config.strategy.min_sites or len(nodes), len(nodes))
+        self.met = list(met)
+        self.late: list[Node] = []
+        self.refused: set[int] = set()
+        self.arrivals: dict[str, str] = {}
         self.layout = pack(template)[1]
         self.moments: dict[str, dict[str, GroupMoments]] = {}
         self.references: dict[str, Reference] = {}
-        self.exchanged: dict[str, object] = {}
+        self.exchanged: dict[str, dict[str, dict[str, int]]] = {}
         self.round_started = self.started = time.monotonic()
 
     def task(self, round_number: int, arrays: ArrayRecord, space: str = "", **more: ArrayRecord) -> RecordDict:
@@ -90,6 +97,39 @@ class SiteRounds(FedAvg):
         if space:
             about["space"] = space
         return content(arrays=arrays, config=about, **more)
+
+    @property
+    def quorum(self) -> int:
+        """How many sites must answer, of those that take part by now."""
+        return min(self.config.strategy.min_sites or len(self.nodes), len(self.nodes))
+
+    def admit_late(self, round_number: int) -> None:
+        """Take in the sites that have connected since the run began, from this round on; who may not is named once."""
+        known = {node.node_id for node in self.met} | self.refused
+        new = {node: f"node {node}" for node in sorted(self.sites.grid.get_node_ids()) if node not in known}
+        if not new:
+            return
+        task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
+        told, failures = self.sites.gather(new, "query.describe", task, lambda answer, _: dict(answer.config_records["config"]))
+        self.arrivals = {name: f"not taken in: {text}" for name, (_, text) in failures.items()}
+        arrived = [Node(node, str(told[name]["site"]), told[name]) for node, name in new.items() if name in told]
+        for node in sorted(arrived, key=lambda node: node.site):
+            reason = why_not_late(node, self.met, self.config)
+            if reason is None:
+                try:
+                    self.sites.tell_constants({node.node_id: node.site})
+                except RunError as error:
+                    reason = str(error)
+            if reason is None:
+                self.met.append(node)
+                self.late.append(node)
+                self.nodes = dict(sorted({**self.nodes, node.node_id: node.site}.items(), key=lambda item: item[1]))
+            self.arrivals[node.site if reason is None else f"node {node.node_id}"] = (
+                "takes part from now on" if reason is None else f"not taken in: {reason}"
+            )
+        self.refused |= set(new) - {node.node_id for node in self.late}
+        for name, text in self.arrivals.items():
+            log.info("round %d: %s connected late and %s", round_number, name, text.replace("not taken", "is not taken"))
 
     def check_quorum(self, round_number: int, answers: int, failures: Mapping[str, tuple[str, str]]) -> None:
         """Stop the run when too few sites answered or one says that it cannot go on."""
@@ -111,16 +151,20 @@ class SiteRounds(FedAvg):
         self.check_quorum(round_number, len(values), failures)
         return values
 
-    def agree_on_reference(self, round_number: int, arrays: ArrayRecord, space: str) -> Reference | None:
-        """The reference of a space under the round's weights, from the sums of every site that tells them."""
+    def agree_on_reference(self, round_number: int, arrays: ArrayRecord, space: str, subjects: str) -> Reference | None:
+        """The reference of a space under the round's weights, from the sums of every site that tells them.
+
+        They are over the subjects that are told about next: of "groups" with moments, or of "scanners".
+        """
         width = self.widths[space]
         task = self.task(round_number, arrays, space)
+        task.config_records["config"]["subjects"] = subjects
         sums = self.gather(round_number, "query.sums", task, lambda answer, where: read_sums(answer, width, where))
         return reference_from(list(sums.values()))
 
     def exchange_moments(self, round_number: int, arrays: ArrayRecord, space: str) -> None:
         """Agree on a space's reference, then ask every site for its moments under it, all with the round's weights."""
-        reference = self.agree_on_reference(round_number, arrays, space)
+        reference = self.agree_on_reference(round_number, arrays, space, "groups")
         if reference is None:
             log.warning("round %d: every site withholds its sums, no moments of %s are exchanged", round_number, space)
             return
@@ -133,7 +177,7 @@ class SiteRounds(FedAvg):
 
         told = self.gather(round_number, "query.moments", task, read)
         self.moments[space] = {site: moments for site, (moments, _) in told.items()}
-        self.exchanged = {
+        self.exchanged[space] = {
             site: {"groups": len(moments), "withheld_scans": withheld} for site, (moments, withheld) in told.items()
         }
         log.info(
@@ -145,19 +189,60 @@ class SiteRounds(FedAvg):
 
     def learn_eraser(self, arrays: ArrayRecord) -> Eraser | None:
         """The eraser of site and scanner behind the trained encoder, from the sums of every site."""
-        reference = self.agree_on_reference(self.num_rounds, arrays, "h")
+        reference = self.agree_on_reference(self.num_rounds, arrays, "h", "scanners")
         if reference is None:
             return None
         task = self.task(self.num_rounds, arrays, "h", reference=pack_reference(reference))
         width = self.widths["h"]
         told = self.gather(self.num_rounds, "query.scanners", task, lambda answer, where: read_scanners(answer, width, where))
-        return eraser_from(told, reference, self.config, "h")
+        eraser = eraser_from(told, reference, self.config, "h")
+        target = self.config.debias.erase_to
+        if eraser is None or target == "all":
+            return eraser
+        sums_of = {site: sums for site, (sums, _) in told.items()}
+        return self.only_what_is_needed(eraser, sums_of, task, None if target == "floor" else target)
+
+    def only_what_is_needed(
+        self, eraser: Eraser, told: Mapping[str, ScannerSums], task: RecordDict, target: float | None
+    ) -> Eraser:
+        """The eraser with the fewest directions that reach the target (None: the floor), by what sites count of themselves."""
+        first_row, row = {}, 0
+        for site, sums in told.items():
+            first_row[site], row = row, row + len(sums.count_S)
+        nodes = {node: site for node, site in self.nodes.items() if site in told and len(told[site].count_S)}
+        means_SF = torch.cat([sums.mean_SF for sums in told.values()])
+        candidates = {"means": means_SF, "directions": eraser.directions_KF}
+        arrays = ArrayRecord({name: Array(value.double().numpy()) for name, value in candidates.items()})
+        about = task.config_records["config"]
+        shared = {name: task.array_records[name] for name in ("arrays", "reference")} | {"candidates": arrays}
+
+        def question(node: int) -> RecordDict:
+            return content(**shared, config=ConfigRecord({**about, "first": first_row[nodes[node]]}))
+
+        def read(answer: RecordDict, where: str) -> Tensor:
+            hits = answer.array_records["hits"]["hits"].numpy()
+            shape = (len(told[where.removeprefix("site ")].count_S), len(eraser.directions_KF) + 1)
+            if hits.shape != shape or not np.isfinite(hits).all() or (hits < 0).any():
+                raise ExchangeError(f"{where}: hits must be {shape} finite counts, got {hits.shape}.")
+            return torch.from_numpy(hits.copy())
+
+        values, failures = self.sites.gather(nodes, "query.hits", question, read)
+        self.check_quorum(self.num_rounds, len(values) + len(self.nodes) - len(nodes), failures)
+        count_S = torch.cat([told[site].count_S for site in values])
+        needed, course_K = fewest_directions(torch.cat(list(values.values())), count_S, target)
+        log.info(
+            "h: %d of %d directions needed; nearest-mean site balanced accuracy by directions erased: %s",
+            *(needed, len(eraser.directions_KF), " ".join(f"{value:.2f}" for value in course_K.tolist())),
+        )
+        return replace(eraser, directions_KF=eraser.directions_KF[:needed])
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """One task a site; with debiasing, the moments of all the other sites' groups beside it."""
         del config, grid
         self.round_started = time.monotonic()
-        self.exchanged = {}
+        self.exchanged, self.arrivals = {}, {}
+        if self.stage == "pretrain" and self.config.strategy.admit_late:
+            self.admit_late(server_round)
         self.sites.tell_constants(self.nodes)
         if self.stage == "pretrain" and self.config.debias.exchanges_in_round(server_round):
             self.moments, self.references = {}, {}
@@ -218,6 +303,8 @@ class SiteRounds(FedAvg):
         }
         if self.exchanged:
             line["exchange"] = self.exchanged
+        if self.arrivals:
+            line["late"] = self.arrivals
         if failures:
             line["failures"] = {site: text for site, (_, text) in failures.items()}
         with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
@@ -238,6 +325,20 @@ class SiteRounds(FedAvg):
         """Evaluation is a stage of its own, after the rounds."""
         del server_round, arrays, config, grid
         return []
+
+
+def why_not_late(node: Node, met: Sequence[Node], config: RunConfig) -> str | None:
+    """Why a site that connected after the start cannot take part in pretraining; None where it can."""
+    if any(node.site == other.site for other in met):
+        return "a node must have a name of its own, another has this one. Mend its node config."
+    if config.data.pretrain_sites is not None:
+        return "a site that joins must be one that may pretrain, data.pretrain_sites names others."
+    if any(node.about["inputs"] != other.about["inputs"] for other in met):
+        return "its inputs must be those of the other sites, they are others. Mend its data or data.columns."
+    subjects = int(str(node.about["healthy-train-subjects"]))
+    if subjects < MIN_CONTRAST_SUBJECTS:
+        return f"healthy training subjects must be at least {MIN_CONTRAST_SUBJECTS} to contrast, got {subjects}."
+    return None
 
 
 def read_sums(answer: RecordDict, features: int, where: str) -> Tensor:

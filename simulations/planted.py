@@ -54,7 +54,7 @@ NUM_SITES, SUBJECTS_PER_SITE, NUM_FEATURES, RANK = 6, 100, 40, 2
 MEAN_AGE, SD_AGE = 50.0, 15.0
 PROBED_SHARE = 0.2
 COHORT_SCALE, NUM_ANATOMIES = 1.0, 60
-SPLIT = "data.fractions=[0.6,0,0.4] finetune=none simulation.share_per_scan=false"
+SPLIT = "data.fractions=[0.6,0,0.4] finetune=none evaluation=none simulation.share_per_scan=false"
 TABLE_RUN = "experiment=roi num_rounds=6"
 IMAGE_RUN = "data.target_sites=[] debias=erasure num_rounds=8"
 

@@ -13,7 +13,7 @@ import torch
 NodeConfig = dict[str, str | int | bool | float]
 torch.set_num_threads(1)
 # Without per-scan results there is nothing to probe and draw, which would take most of the time.
-TINY = "experiment=tiny finetune=none simulation.share_per_scan=false"
+TINY = "experiment=tiny finetune=none evaluation=per_scan simulation.share_per_scan=false"
 
 
 def write_tiny_site(root: Path, *, seed: int, healthy: int = 12, patients: int = 0, scanners: int = 1, gain: float = 1.0) -> None:

@@ -82,7 +82,7 @@ def test_overrides_may_be_one_quoted_line() -> None:
         ("objective=decoupled_conditional objective.label=age_years", "label must be a class, got 'age_years'"),
         ("objective=joint objective.weak.name=joint", "joint has no setting 'kernel'"),
         ("objective=joint +objective.weak.colour=3", "objective yaware has no setting 'colour'"),
-        ("debias.kernel.bandwidths.sex=0", "must name age_years alone when sites exchange moments"),
+        ("debias.kernel.bandwidths.age_years=0", "age_years must be positive or null when sites exchange moments"),
         ("debias.divergence=js", "debias.divergence: Input should be 'kl'"),
         ("debias.space=x", "debias.space: Input should be 'h', 'z' or 'both'"),
         ("sampling.multi_instance=maybe", "sampling.multi_instance"),

@@ -221,6 +221,8 @@ def test_nearest_mean_hits_are_those_of_a_plain_loop() -> None:
     some, _ = fewest_directions(hits, counts, float(course[1]))
     assert some == 1
     assert fewest_directions(hits, counts, 1.0)[0] == 0
+    needed, _ = fewest_directions(hits, counts)
+    assert float(course[needed]) <= max(0.25, 1.1 * float(course[-1])) < float(course[needed - 1])
 
 
 def test_hits_are_rounded_as_counts_are() -> None:

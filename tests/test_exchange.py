@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, Message
 from hypothesis import given
 from hypothesis import strategies as st
 from monai.networks.nets import DenseNet121
@@ -26,6 +27,7 @@ from core.exchange import (
     unpack_groups,
 )
 from core.moments import GroupMoments, MomentPolicy, site_moments
+from simulations.in_process import run_in_process
 
 
 def test_densenet_round_trip_is_bit_exact_and_keeps_integer_buffers() -> None:
@@ -90,14 +92,16 @@ def test_states_of_another_model_are_refused() -> None:
 
 def test_moments_survive_and_the_wrong_width_is_refused() -> None:
     z = torch.nn.functional.normalize(torch.randn(90, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
-    moments, _ = site_moments(z, torch.full((90,), 40.0), torch.zeros(90), bin_years=5.0, policy=MomentPolicy())
+    labels = {"age_years": torch.full((90,), 40.0), "sex": torch.ones(90)}
+    moments, _ = site_moments(z, labels, torch.zeros(90), bin_years=5.0, policy=MomentPolicy())
     back = unpack_groups(GroupMoments, pack_groups(moments), 4, "site a")
+    assert back.label_GL.tolist() == [[40.0, 1.0]]
     assert torch.allclose(back.mean_GD.double(), moments.mean_GD, atol=1e-7)
     assert back.count_G.tolist() == [90.0]
     with pytest.raises(ExchangeError, match="site a: groups must have 5 features, got 4"):
         unpack_groups(GroupMoments, pack_groups(moments), 5, "site a")
     with pytest.raises(ExchangeError, match="site a"):
-        unpack_groups(GroupMoments, ArrayRecord({"label_G": Array(np.ones(2, np.float32))}), 4, "site a")
+        unpack_groups(GroupMoments, ArrayRecord({"label_GL": Array(np.ones(2, np.float32))}), 4, "site a")
 
 
 def test_embeddings_survive_with_any_names() -> None:
@@ -126,3 +130,51 @@ def test_what_a_site_reports_is_read_back() -> None:
 def test_fingerprint_is_of_the_code() -> None:
     assert len(fingerprint()) == 64
     assert fingerprint() == fingerprint()
+
+
+def test_no_difference_of_sums_is_about_a_scanner_that_a_site_withholds(tmp_path: Path) -> None:
+    """Site a has 24 training subjects on one scanner and 6, too few, on another; two more have no age.
+
+    Whatever these hold, the site says the same, bit for bit, in every answer before the first training step.
+    """
+    from client.app import app as client_app
+    from server.app import app as server_app
+
+    def answers(offset: float) -> list[tuple[str, bytes]]:
+        rows = ["participant_id,age,sex,scanner,f0,f1"]
+        for i in range(32):
+            withheld = i >= 24
+            age = "n/a" if i in (30, 31) else str(20 + i)
+            values = f"{i % 7 + withheld * offset},{i % 5 + 0.1 * i + withheld * offset}"
+            rows.append(f"a{i:02d},{age},{'FM'[i % 2]},{'small' if 24 <= i < 30 else 'large'},{values}")
+        folder = tmp_path / f"{offset:g}"  # what a site has read it keeps: another file
+        folder.mkdir()
+        (folder / "a.csv").write_text("\n".join(rows) + "\n")
+        others = [f"b{i:02d},{30 + i},{'FM'[i % 2]},x,{i % 6},{i % 4 + 0.3 * i}" for i in range(24)]
+        (folder / "b.csv").write_text("\n".join([rows[0], *others]) + "\n")
+        policy = {"min-group": 8, "diagonal-subjects": 8}
+        heard: list[tuple[str, bytes]] = []
+
+        def listen(reply: Message, message_type: str) -> Message:
+            if message_type == "train.pretrain":
+                raise RuntimeError("enough")
+            if reply.metadata.src_node_id == 1 and message_type != "query.describe":
+                for record in reply.content.array_records.values():
+                    heard.extend((message_type, array.data) for array in record.values())
+            return reply
+
+        overrides = (
+            "experiment=roi debias=fairkl debias.kernel.bandwidths.sex=0 debias.erase=input debias.exchange_every=1 "
+            f"debias.warmup_rounds=0 data.table=null data.fractions=[1,0,0] encoder.width=4 embedding_size=2 output={folder}"
+        )
+        nodes = {
+            number: {"site": site, "data-root": str(folder / f"{site}.csv"), **policy} for number, site in enumerate("ab", 1)
+        }
+        with pytest.raises(RuntimeError, match="enough"):
+            run_in_process(server_app, client_app, overrides, nodes, tamper=listen)
+        return heard
+
+    told = answers(0.0)
+    assert [name for name, _ in told].count("query.inputs") == 2
+    assert {name for name, _ in told} >= {"query.inputs", "query.scanners", "query.sums", "query.moments"}
+    assert answers(1000.0) == told

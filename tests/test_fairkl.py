@@ -18,9 +18,12 @@ from core.moments import (
     age_groups,
     concatenate,
     feature_sums,
+    groups_of,
     reference_from,
     site_moments,
+    told_subjects,
 )
+from core.training import with_all_sites
 
 NAN = math.nan
 EXACT = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
@@ -60,9 +63,10 @@ def pooled(debias: FairKL | ReleasedFairKL | EnD, data: dict[str, Tensor]) -> Te
     return debias.of(EmbeddedViews([data["z"]], data))
 
 
-def moments_of(data: dict[str, Tensor], label: str = "age_years", bin_width: float = 10.0) -> GroupMoments:
+def moments_of(data: dict[str, Tensor], *labels: str) -> GroupMoments:
     """What a site sends when its policy withholds nothing."""
-    moments, withheld = site_moments(data["z"], data[label], data["scanner"], bin_years=bin_width, policy=EXACT)
+    told = {name: data[name] for name in labels or ("age_years",)}
+    moments, withheld = site_moments(data["z"], told, data["scanner"], bin_years=10.0, policy=EXACT)
     assert withheld == 0
     return moments
 
@@ -202,16 +206,15 @@ def test_two_views_of_a_scan_are_no_pair() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("label", ["age_years", "sex"])
-def test_moment_exchange_equals_pooled_embeddings(label: str, divergence: Any, views: int, seed: int) -> None:
+@pytest.mark.parametrize("kernel", ["age", "sex", "age_and_sex"])
+def test_moment_exchange_equals_pooled_embeddings(kernel: str, divergence: Any, views: int, seed: int) -> None:
     """Identity 6: every site computes FairKL from its own rows and the others' moments; together they give the pooled one."""
     data = cohort(seed=seed, per_site=30)
     # Sites of different sizes.
     data = part(data, torch.cat([torch.arange(0, 30), torch.arange(30, 50), torch.arange(60, 90)]))
-    kernel = age_kernel(8.0) if label == "age_years" else Kernel(bandwidths={"sex": 0})
-    fairkl = FairKL(kernel=kernel, divergence=divergence, min_weight=1e-9)
+    fairkl = FairKL(kernel=KERNELS[kernel], divergence=divergence, min_weight=1e-9)
     sites = [part(data, data["site"] == site) for site in range(3)]
-    sent = [moments_of(site, label, 10.0 if label == "age_years" else 1.0) for site in sites]
+    sent = [moments_of(site, *fairkl.kernel.labels) for site in sites]
     total = 0.0
     for number, site in enumerate(sites):
         remote = concatenate([moments for other, moments in enumerate(sent) if other != number])
@@ -228,7 +231,7 @@ def test_a_batch_weighs_remote_groups_as_a_pooled_batch_would() -> None:
     data = cohort()
     sites = [part(data, data["site"] == site) for site in (0, 2)]
     batch, remote = part(sites[1], slice(0, 12)), moments_of(sites[0])
-    halved = GroupMoments(remote.label_G, remote.count_G / 2, remote.mean_GD, remote.variance_GD, remote.covariance_GDD)
+    halved = GroupMoments(remote.label_GL, remote.count_G / 2, remote.mean_GD, remote.covariance_GDD)
     fairkl, views = FairKL(min_weight=0.5), EmbeddedViews([batch["z"]], batch)
     assert float(fairkl.of(views, remote, 0.5)) == pytest.approx(float(fairkl.of(views, halved)), rel=1e-12)
     assert float(fairkl.of(views, remote, 0.5)) != pytest.approx(float(fairkl.of(views, remote)), rel=1e-3)
@@ -237,16 +240,16 @@ def test_a_batch_weighs_remote_groups_as_a_pooled_batch_would() -> None:
 def test_no_remote_group_is_as_no_exchange() -> None:
     data = cohort()
     nobody, _ = site_moments(
-        data["z"][:1], torch.full((1,), NAN), data["scanner"][:1], bin_years=10.0, policy=MomentPolicy(min_group=10)
+        data["z"][:1], {"age_years": torch.full((1,), NAN)}, data["scanner"][:1], bin_years=10.0, policy=MomentPolicy()
     )
     assert len(nobody) == 0
     views = EmbeddedViews([data["z"]], data)
     assert float(FairKL().of(views, nobody)) == float(FairKL().of(views))
 
 
-def test_remote_groups_know_one_label() -> None:
+def test_remote_groups_must_tell_every_label_of_the_kernel() -> None:
     data = cohort()
-    with pytest.raises(ValueError, match=r"debias fairkl: remote groups tell one label, got a kernel of \['age_years', 'sex'\]"):
+    with pytest.raises(ValueError, match=r"must tell the kernel's labels \['age_years', 'sex'\], got 1 labels"):
         FairKL(kernel=KERNELS["age_and_sex"]).of(EmbeddedViews([data["z"]], data), moments_of(data))
 
 
@@ -261,6 +264,29 @@ def test_gradient_flows_through_the_anchor_and_not_through_the_moments() -> None
     assert z.grad is not None
     assert torch.isfinite(z.grad).all()
     assert float(z.grad.abs().max()) > 1e-3
+
+
+def test_what_shifts_or_scales_all_scans_of_a_site_has_no_gradient() -> None:
+    """The moments of other sites stand still between two exchanges; fleeing from them must not look like a gain."""
+    data = cohort()
+    own = part(data, data["site"] == 0)
+    remote = moments_of(part(data, data["site"] != 0))
+    gradients = []
+    for view in (with_all_sites, Tensor.clone):
+        features = (3.0 * own["z"] + 1.0).requires_grad_()
+        seen = view(features)
+        torch.testing.assert_close(seen, features, rtol=1e-12, atol=1e-12)
+        loss = FairKL().of(EmbeddedViews([seen], own), remote)
+        gradients.append(torch.autograd.grad(loss, features)[0])
+    held, free = gradients
+    centred = 3.0 * (own["z"] - own["z"].mean(dim=0))
+    assert float(held.sum(dim=0).norm()) < 1e-12 < 0.1 * float(free.sum(dim=0).norm())
+    assert abs(float((held * centred).sum())) < 1e-12 < 1e-3 * abs(float((free * centred).sum()))
+    # All else is as it was.
+    residual = free - free.mean(dim=0)
+    residual = residual - centred * (residual * centred).sum() / centred.square().sum()
+    torch.testing.assert_close(held, residual, rtol=1e-9, atol=1e-12)
+    assert torch.equal(with_all_sites(torch.ones(4, 2)), torch.ones(4, 2))
 
 
 def test_descent_makes_sites_alike() -> None:
@@ -353,10 +379,9 @@ def test_withheld_variance_compares_means_at_equal_variance() -> None:
     # All anchors share one variance, the mean of theirs plus the floor: mean of (difference^2) / (2 v).
     z = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0], [0.8, 0, 0.6]], dtype=torch.float64)
     remote = GroupMoments(
-        torch.tensor([30.0]),
+        torch.tensor([[30.0]]),
         torch.tensor([10.0]),
         torch.tensor([[0.2, 0.0, 0.0]]),
-        torch.full((1, 3), NAN),
         torch.zeros(0, 3, 3),
     )
     metadata = {"age_years": torch.full((3,), 30.0), "scanner": torch.zeros(3)}
@@ -599,15 +624,39 @@ def test_policy_decides_what_leaves() -> None:
     z = torch.nn.functional.normalize(torch.randn(400, 4, generator=g, dtype=torch.float64), dim=1)
     age = torch.cat([torch.full((9,), 20.0), torch.full((30,), 40.0), torch.full((61,), 60.0), torch.full((300,), 80.0)])
     scanner = torch.zeros(400)
-    policy = MomentPolicy(min_group=10, diagonal_subjects=60, covariance_subjects_per_feature=25, round_counts_to=5)
-    moments, withheld = site_moments(z, age.double(), scanner, bin_years=5.0, policy=policy)
-    # 9 of age 20 join the 30 of age 40 (39: mean only, count 40); 61: variances, count 60; 300 >= 25 x 4: covariance.
+    policy = MomentPolicy(min_group=10, covariance_subjects_per_feature=25, round_counts_to=5)
+    moments, withheld = site_moments(z, {"age_years": age.double()}, scanner, bin_years=5.0, policy=policy)
+    # 9 of age 20 join the 30 of age 40 (39, count 40); 61, count 60; of 300 >= 25 x 4 the covariance is told too.
     assert moments.count_G.tolist() == [40.0, 60.0, 300.0]
     assert withheld == 0
-    assert moments.variance_GD.isnan().any(dim=1).tolist() == [True, False, False]
     assert moments.covariance_GDD.isnan().flatten(1).any(dim=1).tolist() == [True, True, False]
-    few, withheld = site_moments(z[:9], age[:9].double(), scanner[:9], bin_years=5.0, policy=policy)
+    few, withheld = site_moments(z[:9], {"age_years": age[:9].double()}, scanner[:9], bin_years=5.0, policy=policy)
     assert (len(few), withheld) == (0, 9)
+
+
+def test_groups_of_a_kernel_with_sex_are_of_one_sex_and_above_the_floor() -> None:
+    g = torch.Generator().manual_seed(4)
+    age = torch.rand(90, generator=g, dtype=torch.float64) * 60 + 20
+    sex = (torch.arange(90) % 3 == 0).double()  # 60 of one, 30 of the other
+    age[:2], sex[2:5] = NAN, NAN
+    scanner = (torch.arange(90) >= 70).long()
+    labels, policy = {"age_years": age, "sex": sex}, MomentPolicy(min_group=10)
+    groups = groups_of(labels, scanner, bin_years=2.0, policy=policy)
+    for group in groups:
+        assert len(group) >= 10
+        assert len(set(sex[group].tolist())) == len(set(scanner[group].tolist())) == 1
+        # Edges are multiples of the cell: nobody of the same cell, scanner and sex is outside.
+        inside = (scanner == scanner[group[0]]) & (sex == sex[group[0]])
+        cells = torch.floor(age[group] / 2.0)
+        same = inside & torch.isin(torch.floor(age / 2.0), cells)
+        assert set(same.nonzero().flatten().tolist()) == set(group.tolist())
+    z = torch.nn.functional.normalize(torch.randn(90, 4, generator=g, dtype=torch.float64), dim=1)
+    moments, withheld = site_moments(z, labels, scanner, bin_years=2.0, policy=policy)
+    # The 6 of the rarer sex at the smaller scanner, two unknown ages and three unknown sexes are withheld.
+    assert withheld == 6 + 2 + 3 == 90 - sum(map(len, groups))
+    assert moments.label_GL.tolist() == [[float(age[group].mean()), float(sex[group[0]])] for group in groups]
+    alone, _ = site_moments(z, {"sex": sex}, scanner, bin_years=2.0, policy=policy)
+    assert alone.label_GL.flatten().tolist() == [0.0, 1.0, 0.0]
 
 
 def test_no_group_is_smaller_than_the_policy_says() -> None:
@@ -622,10 +671,9 @@ def test_no_group_is_smaller_than_the_policy_says() -> None:
 
 def test_moments_that_cannot_be_are_refused() -> None:
     good = {
-        "label_G": torch.tensor([30.0]),
+        "label_GL": torch.tensor([[30.0]]),
         "count_G": torch.tensor([10.0]),
         "mean_GD": torch.tensor([[0.5, 0.5]]),
-        "variance_GD": torch.zeros(1, 2),
         "covariance_GDD": torch.zeros(0, 2, 2),
     }
     assert len(GroupMoments(**good)) == 1
@@ -633,8 +681,8 @@ def test_moments_that_cannot_be_are_refused() -> None:
         ("mean_GD", torch.tensor([[2.0, 0.0]]), "unit ball"),
         ("mean_GD", torch.tensor([[NAN, 0.0]]), "finite"),
         ("count_G", torch.tensor([0.0]), "positive"),
-        ("variance_GD", torch.tensor([[-1.0, 0.0]]), "not negative"),
-        ("variance_GD", torch.zeros(2, 2), "shape"),
+        ("covariance_GDD", -torch.eye(2)[None], "not negative"),
+        ("covariance_GDD", torch.zeros(2, 2, 2), "shape"),
     ]:
         with pytest.raises(ValueError, match=match):
             GroupMoments(**{**good, name: value})
@@ -653,6 +701,24 @@ def test_reference_from_sums_is_that_of_the_pooled_features() -> None:
     assert float(reference.scale_D[4]) == 1.0  # never varies
     rows = reference.rows(features)
     assert torch.allclose(rows.norm(dim=1), torch.ones(200, dtype=torch.float64))
+
+
+def test_sums_are_of_the_scanners_that_are_told() -> None:
+    """The sums of a site less what it tells of its large scanner would be the sums of its small one."""
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(80, 3, generator=g, dtype=torch.float64)
+    scanner, taken = (torch.arange(80) >= 72).long(), torch.ones(80, dtype=torch.bool)
+    taken[:5] = False
+    policy = MomentPolicy(min_group=10, diagonal_subjects=60)
+    told = told_subjects(taken, scanner, policy)
+    assert torch.equal(told, taken & (scanner == 0))
+    sums = feature_sums(features[told], policy)
+    assert torch.allclose(sums[1], 67 * features[5:72].mean(dim=0), atol=1e-12)  # the difference is nothing
+    features[72:] = 1e6
+    features[:5] = 1e6
+    assert torch.equal(feature_sums(features[told], policy), sums)
+    assert not told_subjects(taken[:14], scanner[:14], policy).any()  # 9 taken of 14
+    assert feature_sums(features[:0], policy).isnan().all()
 
 
 def test_small_sites_withhold_their_sums() -> None:

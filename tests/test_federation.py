@@ -59,7 +59,7 @@ def test_a_run_goes_from_scans_to_a_report(consortium: Path, federate: Federate)
     assert set(rounds[0]["sites"]) == {"a", "b"}
     assert set(rounds[0]["sites"]["a"]) == {"loss", "objective", "fairkl"}
     assert set(rounds[2]["sites"]) == {"c"}
-    assert rounds[0]["exchange"]["a"]["groups"] >= 1
+    assert rounds[0]["exchange"]["h"]["a"]["groups"] >= 1
     assert "<html" in (folder / "report.html").read_text()
     # The linear probe leaves the encoder alone; full fine-tuning does not.
     pretrained = load_checkpoint(last(folder)).state

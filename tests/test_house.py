@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 # One framework, one home: an upgrade touches the files of one concept.
 HOMES = {
-    "flwr": ("core/exchange.py", "client/app.py", "server/app.py", "server/strategy.py", "server/sites.py", "simulations/"),
+    "flwr": ("core/exchange.py", "client/app.py", "server/", "simulations/"),
     "ray": (),
     "hydra": ("core/config.py",),
     "omegaconf": ("core/config.py",),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,7 +45,7 @@ def execute(script: str, folder: Path, **variables: str) -> str:
 def test_every_block_of_commands_says_where_it_is_run() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count("```bash") == len(BLOCKS)
-    assert {place for place, _ in BLOCKS} == {"ci", "tour", "wrapped", "flower", "loopback", "measured"}
+    assert {place for place, _ in BLOCKS} == {"ci", "tour", "wrapped", "tables", "flower", "loopback", "measured"}
 
 
 def test_ci_runs_the_two_commands() -> None:
@@ -125,6 +126,36 @@ def test_long_comparisons_run_when_shortened(tmp_path: Path, write_site: Callabl
     assert printed.count("finished in") == 3
     assert (tmp_path / "runs" / "phantom-compare.json").is_file()
     assert "site balanced_accuracy: debias=none" in printed
+
+
+@pytest.mark.slow
+def test_tables_of_features_run_when_shortened(tmp_path: Path) -> None:
+    """On a table laid out as ABIDE's, with its sites' names."""
+    random = np.random.default_rng(0)
+    small = ("UCLA_2", "CMU_a", "CMU_b", "MaxMun_a", "MaxMun_b", "MaxMun_d")
+    lines = [";".join(["FILE_ID", "AGE_AT_SCAN", "SEX", "FIQ", "DX_GROUP", *(f"area{i}" for i in range(8))])]
+    for number, site in enumerate(("NYU", "USM", "KKI", *small)):
+        offset = random.normal(0, 2, 8)
+        for subject in range(70 if site not in small else 6):
+            age = 6 + 20 * random.random()
+            x = age / 5 * np.arange(8) % 3 + offset + random.normal(0, 0.5, 8)
+            cells = [f"{site}_{50000 + 100 * number + subject}", f"{age:.2f}", "1", "-9999", "-1" if subject % 3 else "1"]
+            lines.append(";".join([*cells, *(f"{value:.3f}" for value in x)]))
+    table = tmp_path / "abide.csv"
+    table.write_text("\n".join(lines) + "\n")
+    shorter = "num_rounds=2 warmup_rounds=0 local_steps=1 encoder.width=16"
+    commands = block("tables").strip().splitlines()
+    assert [command.split()[:3] for command in commands] == [
+        ["isocenter", "run", "experiment=abide"],
+        ["isocenter", "evaluate", "runs/abide"],
+        ["python", "-m", "simulations.site_removal"],
+    ]
+    printed = execute(f"{commands[0]} {shorter}", tmp_path, ABIDE=str(table))
+    assert "erased" in printed
+    assert "held-out" in execute(commands[1], tmp_path)
+    printed = execute(f"{commands[2]} {shorter} --seeds 1 --method erasure", tmp_path, ABIDE=str(table))
+    assert "erasure from sums" in printed
+    assert list((tmp_path / "runs").rglob("figure.png"))
 
 
 @pytest.mark.slow

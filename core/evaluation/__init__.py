@@ -8,6 +8,7 @@ probes        site and scanner predictability, age, sex, diagnosis; the floor; t
 spread        how sites lie without a probe: iLISI, silhouette, MMD, variance explained
 openbhb       the protocol and score of the OpenBHB challenge
 sums          probes from sums alone
+federated     what sites and server do in turn to evaluate from sums
 reading       representations of a run, a file or somebody else's table
 words         digits, intervals, the verdict
 command       what `isocenter evaluate` does

@@ -29,6 +29,8 @@ def evaluate_and_print(
 ) -> None:
     """Evaluate what lies at the paths, print it, and write it to `output` where one is given.
 
+    Sites that one of the runs says were unseen count as unseen beside those of `unseen`.
+
     One path: every stage found there, the others compared with the first. Several: the representation that each delivers
     (erased, else pretrained, else the last), compared with that of the first path.
 
@@ -36,12 +38,13 @@ def evaluate_and_print(
         ValueError: Something cannot be read, an unseen site is not there, or representations are not of the same scans.
     """
     sources = [read_representations(path) for path in paths]
+    by_run = {site for source in sources for site in source.unseen}
     for source in sources:
         sites = {str(site) for embeddings in source.by_stage.values() for site in np.unique(embeddings.site)}
         for site in unseen:
             if site not in sites:
                 raise ValueError(f"--unseen: it must be a site of {source.name} ({', '.join(sorted(sites))}), got {site!r}.")
-        if sites <= set(unseen):
+        if sites <= {*unseen, *by_run}:
             raise ValueError(f"--unseen: at least one site of {source.name} must have been seen, got all of them.")
     chosen = [
         (source.name, stage, embeddings)
@@ -54,13 +57,15 @@ def evaluate_and_print(
     console.width = max(MIN_WIDTH, console.width)
     evaluations: list[Evaluation] = []
     notes = [note for source in sources for note in source.notes]
+    if by_run:
+        notes.append(f"Unseen in pretraining, as the run says: {', '.join(sorted(by_run))}.")
     differences: dict[str, list[Difference]] = {}
     outcomes: list[Outcomes] = []
     with Progress(console=console, transient=True) as progress:
         steps = progress.add_task("", total=2 * len(chosen))
         for (name, stage, embeddings), label in zip(chosen, labels, strict=True):
             progress.update(steps, description=f"probing {label}")
-            known = set(np.unique(embeddings.site).tolist()) - set(unseen)
+            known = set(np.unique(embeddings.site).tolist()) - {*unseen, *by_run}
             outcomes.append(probe_outcomes(embeddings, seed=seed, known_sites=known, official=official))
             settings: dict[str, Any] = {"regime": name, "seed": seed, "num_resamples": num_resamples}
             found, remarks = evaluate(embeddings, stage=stage, known_sites=known, outcomes=outcomes[-1], **settings)

@@ -5,6 +5,7 @@ Shapes: N scans, F features.
 
 import csv
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from core.evaluation.embeddings import DIAGNOSES, SPLITS, Embeddings
 
 PREFIX = "embeddings-"
+ROLES = "roles.json"
 STAGES = ("raw", "untrained", "pretrained", "erased")
 REQUIRED = ("subject", "site")
 OPTIONAL = ("age", "sex", "diagnosis", "scanner", "split")
@@ -33,11 +35,13 @@ class Representations:
         name: Of the folder or file.
         by_stage: Embeddings by stage, in the order in which a run makes them; somebody else's by file name.
         notes: Sentences on what had to be assumed.
+        unseen: Sites that took no part in pretraining, as a run says.
     """
 
     name: str
     by_stage: dict[str, Embeddings]
     notes: list[str]
+    unseen: tuple[str, ...] = ()
 
     @property
     def delivered(self) -> str:
@@ -64,7 +68,9 @@ def read_representations(path: Path) -> Representations:
         stages = {file.stem.removeprefix(PREFIX): file for file in sorted(path.glob(f"{PREFIX}*.npz"))}
         if stages:
             ordered = sorted(stages, key=[*STAGES, *stages].index)
-            return Representations(name=path.name, by_stage={stage: _load(stages[stage]) for stage in ordered}, notes=[])
+            by_stage = {stage: _load(stages[stage]) for stage in ordered}
+            unseen = _read_unseen(path / ROLES) if (path / ROLES).is_file() else ()
+            return Representations(name=path.name, by_stage=by_stage, notes=[], unseen=unseen)
         tables = sorted(file for file in path.iterdir() if file.suffix.lower() in (".csv", ".tsv"))
         arrays = sorted(path.glob("*.npy"))
         if arrays and len(tables) == 1:
@@ -74,6 +80,14 @@ def read_representations(path: Path) -> Representations:
             f"{len(tables)} tables. `isocenter evaluate --help` describes both."
         )
     raise ValueError(f"{path}: it must be a folder or an .npz file, got {'another file' if path.exists() else 'nothing'}.")
+
+
+def _read_unseen(path: Path) -> tuple[str, ...]:
+    try:
+        roles = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(str(site) for site in roles["unseen"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: it must list the unseen sites, as a run writes them, got something else.") from error
 
 
 def _load(path: Path) -> Embeddings:

@@ -10,7 +10,11 @@ PROBES = {
     "balanced_accuracy_boosting": "boosting",
     "balanced_accuracy_heldout": "linear among held-out subjects",
     "balanced_accuracy_knn_heldout": "10-NN among held-out subjects",
+    "balanced_accuracy_lda": "discriminants from sums",
+    "balanced_accuracy_logistic": "logistic from gradients",
+    "balanced_accuracy_nearest": "nearest means",
 }
+LINEAR_PROBES = ("balanced_accuracy", "balanced_accuracy_lda", "balanced_accuracy_logistic", "balanced_accuracy_nearest")
 YEARS = ("mae", "bias", "openbhb_mae", "openbhb_score")
 THREE_DIGITS = ("mmd2", "explained_variance", "silhouette")
 
@@ -33,6 +37,16 @@ def with_interval(e: Evaluation) -> str:
     return f"{digits(e.value, e.metric)}{bounds}"
 
 
+def linear_probe(evaluations: Iterable[Evaluation]) -> str:
+    """The metric of the linear site probe: of single scans, else the one from sums that reads most from what is delivered."""
+    listed = list(evaluations)
+    for stage in ("erased", "pretrained"):
+        found = [e for metric in LINEAR_PROBES if (e := find(listed, stage, "site", metric)) is not None]
+        if found:
+            return LINEAR_PROBES[0] if found[0].metric == LINEAR_PROBES[0] else max(found, key=lambda e: e.value).metric
+    return LINEAR_PROBES[0]
+
+
 def verdict(evaluations: Sequence[Evaluation], stage: str | None = None) -> str:
     """What the numbers alone say of site predictability: the linear probe in one sentence, then which probes pass their floor.
 
@@ -40,16 +54,15 @@ def verdict(evaluations: Sequence[Evaluation], stage: str | None = None) -> str:
         evaluations: Of one run, chance and floor among them.
         stage: Whose site predictability; what a run delivers (erased, else pretrained) when not given.
     """
-    plain = find(evaluations, "pretrained", "site", "balanced_accuracy")
-    erased = find(evaluations, "erased", "site", "balanced_accuracy")
-    now = find(evaluations, stage, "site", "balanced_accuracy") if stage else erased or plain
+    metric = linear_probe(evaluations)
+    plain = find(evaluations, "pretrained", "site", metric)
+    erased = find(evaluations, "erased", "site", metric)
+    now = find(evaluations, stage, "site", metric) if stage else erased or plain
     if now is None:
         if stage:
             return f"Site predictability of {stage} was not evaluated; a note says why."
         return "Site predictability of the pretrained encoder was not evaluated in this run."
-    chance, floor, before = (
-        find(evaluations, name, "site", "balanced_accuracy") for name in ("chance", "age_sex_floor", "untrained")
-    )
+    chance, floor, before = (find(evaluations, name, "site", metric) for name in ("chance", "age_sex_floor", "untrained"))
     beside = [
         f"{words} {digits(e.value, e.metric)}"
         for words, e in (
@@ -78,6 +91,8 @@ def chance_beside(evaluations: Iterable[Evaluation], e: Evaluation) -> Evaluatio
     """Chance for a site probe: among held-out subjects there may be fewer classes."""
     if not e.metric.startswith("balanced_accuracy"):
         return None
+    if e.metric in LINEAR_PROBES:
+        return find(evaluations, "chance", e.task, e.metric)
     return find(evaluations, "chance", e.task, f"balanced_accuracy{'_heldout' if e.metric.endswith('_heldout') else ''}")
 
 

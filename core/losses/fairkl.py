@@ -39,7 +39,7 @@ class FairKL:
     their moments alone, join the conflicting side as constants; with a full batch and exact age bins that equals FairKL on the
     pooled embeddings. A sign counts where both sides weigh at least ``min_weight`` scans; where none does, the loss is 0.
 
-    Where the variance of a remote group is withheld, the divergence is taken at one common variance, the mean of the anchors'
+    Where the covariance of a remote group is withheld, the divergence is taken at one common variance, the mean of the anchors'
     v_a: (mu_a - mu_c)^2 / (2 v). Free of scale, it cannot be lowered by shrinking all similarities together; common, it is not
     ruled by the anchors whose few pairs happen to agree.
 
@@ -201,19 +201,21 @@ class _Remote:
         remote: GroupMoments,
         remote_scale: float,
     ) -> "_Remote":
-        if len(kernel.labels) != 1:
-            raise ValueError(f"debias fairkl: remote groups tell one label, got a kernel of {list(kernel.labels)}.")
+        if remote.label_GL.shape[1] != len(kernel.labels):
+            raise ValueError(
+                f"debias fairkl: remote groups must tell the kernel's labels {list(kernel.labels)}, got "
+                f"{remote.label_GL.shape[1]} labels."
+            )
         remote = remote.to(views.rows)
         mean_RG, variance_RG = remote.similarity(views.rows)
-        exact = not bool(variance_RG.isnan().any())
         count_G = remote.count_G * remote_scale * views.num_views
         return cls(
             mean_RG,
-            mean_RG.square() + (variance_RG if exact else 0.0),
-            kernel.weights(labels, {kernel.labels[0]: remote.label_G}).to(mean_RG),
+            mean_RG.square() + (0.0 if variance_RG is None else variance_RG),
+            kernel.weights(labels, dict(zip(kernel.labels, remote.label_GL.unbind(dim=1), strict=True))).to(mean_RG),
             count_G,
             kernel.peak,
-            exact,
+            variance_RG is not None,
         )
 
     def weighted(self, positive: bool) -> _Sums:
