@@ -82,7 +82,6 @@ class SiteRounds(FedAvg):
         self.widths = widths
         self.num_rounds = config.num_rounds if stage == "pretrain" else config.finetune.num_rounds
         self.met = list(met)
-        self.late: list[Node] = []
         self.refused: set[int] = set()
         self.arrivals: dict[str, str] = {}
         self.layout = pack(template)[1]
@@ -122,12 +121,11 @@ class SiteRounds(FedAvg):
                     reason = str(error)
             if reason is None:
                 self.met.append(node)
-                self.late.append(node)
                 self.nodes = dict(sorted({**self.nodes, node.node_id: node.site}.items(), key=lambda item: item[1]))
             self.arrivals[node.site if reason is None else f"node {node.node_id}"] = (
                 "takes part from now on" if reason is None else f"not taken in: {reason}"
             )
-        self.refused |= set(new) - {node.node_id for node in self.late}
+        self.refused |= set(new) - {node.node_id for node in self.met}
         for name, text in self.arrivals.items():
             log.info("round %d: %s connected late and %s", round_number, name, text.replace("not taken", "is not taken"))
 

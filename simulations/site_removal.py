@@ -275,9 +275,11 @@ def verdicts(study: Study) -> list[str]:
             if figure in found and SITE in study[FLOOR]:
                 own_floor = study[FLOOR][HELD_OUT if figure == HELD_OUT else SITE].mean
                 facts.append(f"{COLUMNS[figure]} {found[figure].mean / own_floor:.2f} x the linear floor")
-        for figure in (AGE, UNSEEN):
-            if figure in found and figure in plain:
-                facts.append(f"{COLUMNS[figure]} {100 * (found[figure].mean / plain[figure].mean - 1):+.1f} % against FedAvg")
+        facts += [
+            f"{COLUMNS[figure]} {100 * (found[figure].mean / plain[figure].mean - 1):+.1f} % against FedAvg"
+            for figure in (AGE, UNSEEN)
+            if figure in found and figure in plain
+        ]
         if DIAGNOSIS in found and DIAGNOSIS in plain:
             facts.append(f"diagnosis AUC {found[DIAGNOSIS].mean - plain[DIAGNOSIS].mean:+.3f}")
         for site in (SITE, HELD_OUT):

@@ -18,6 +18,7 @@ TINY = [
     "warmup_rounds=0",
     "encoder.width=8",
     "embedding_size=4",
+    "simulation.min_group=4",
     "simulation.diagonal_subjects=10",
     "data.unseen_sites=[d]",
     "data.fractions=[0.6,0,0.4]",
