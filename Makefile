@@ -10,7 +10,7 @@ run: $(INSTALLED)
 	@$(BIN)/isocenter run $(ARGS)
 
 test: $(INSTALLED)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check

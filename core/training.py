@@ -168,7 +168,10 @@ def embed(model: nn.Module, data: SiteData, device: torch.device, *, batch_size:
     """Outputs of the model in evaluation mode for each scan as it is, without views, on the CPU; one tensor an output."""
     model.eval()
     outputs: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(data), batch_size):
-        result = model(data.inputs(range(start, min(start + batch_size, len(data))), device))
-        outputs.append(result if isinstance(result, tuple) else (result,))
+    for start in range(0, max(1, len(data)), batch_size):
+        inputs = data.inputs(range(start, min(start + batch_size, len(data))), device)
+        # Not every net takes a batch of none: one blank scan tells the widths of the outputs.
+        result = model(inputs if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:]))
+        rows = result if isinstance(result, tuple) else (result,)
+        outputs.append(tuple(row[: len(inputs)] for row in rows))
     return tuple(torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))

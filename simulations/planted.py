@@ -56,7 +56,7 @@ PROBED_SHARE = 0.2
 COHORT_SCALE, NUM_ANATOMIES = 1.0, 60
 SPLIT = "data.fractions=[0.6,0,0.4] finetune=none evaluation=none simulation.share_per_scan=false"
 TABLE_RUN = "experiment=roi num_rounds=6"
-IMAGE_RUN = "data.target_sites=[] debias=erasure num_rounds=8"
+IMAGE_RUN = "data.target_sites=[] debias=erasure debias.erase_to=all num_rounds=8"
 
 
 @dataclass(frozen=True, kw_only=True)

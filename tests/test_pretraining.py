@@ -11,7 +11,7 @@ from core.config import CONFIGS, RunConfig, load_config
 from core.data.site import SiteData
 from core.models import Pretrainer, build_pretrainer
 from core.moments import GroupMoments
-from core.training import TrainResult, pretrain, pretraining_losses
+from core.training import TrainResult, embed, pretrain, pretraining_losses
 
 OBJECTIVES = sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml"))
 CPU = torch.device("cpu")
@@ -114,3 +114,12 @@ def test_the_second_view_of_multi_instance_pairs_shows_the_second_scan(
     config = load_config(f"{overrides} debias=none")
     next(pretraining_losses(model_of(config), data, config, 1, CPU, {}, {}))
     assert len(asked) == 1
+
+
+def test_a_split_without_scans_has_representations_of_no_row(two_scanners: tuple[str, SiteData]) -> None:
+    overrides, data = two_scanners
+    for encoder in ("small", "resnet18"):
+        model = model_of(load_config(f"{overrides.replace('experiment=tiny ', '')} encoder={encoder}"))
+        none, some = (embed(model, data.select(keep), CPU) for keep in (lambda _: False, lambda scan: scan == data.scans[0]))
+        assert [part.shape[1:] for part in none] == [part.shape[1:] for part in some]
+        assert {len(part) for part in none} == {0}

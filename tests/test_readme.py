@@ -136,7 +136,7 @@ def test_tables_of_features_run_when_shortened(tmp_path: Path) -> None:
     lines = [";".join(["FILE_ID", "AGE_AT_SCAN", "SEX", "FIQ", "DX_GROUP", *(f"area{i}" for i in range(8))])]
     for number, site in enumerate(("NYU", "USM", "KKI", *small)):
         offset = random.normal(0, 2, 8)
-        for subject in range(70 if site not in small else 6):
+        for subject in range(110 if site not in small else 6):
             age = 6 + 20 * random.random()
             x = age / 5 * np.arange(8) % 3 + offset + random.normal(0, 0.5, 8)
             cells = [f"{site}_{50000 + 100 * number + subject}", f"{age:.2f}", "1", "-9999", "-1" if subject % 3 else "1"]
