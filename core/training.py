@@ -66,18 +66,6 @@ def take_steps(losses: Iterator[dict[str, Tensor]], optimiser: torch.optim.Optim
     return {name: float(value) / steps for name, value in sums.items()}
 
 
-def with_all_sites(features_RF: Tensor) -> Tensor:
-    """The features themselves, with a gradient that neither shifts nor scales them all.
-
-    What shifts or scales all scans of a site does so to the scans of the other sites too, whose moments stand still between two
-    exchanges. Without this every site flees from those constants: the features grow from exchange to exchange, their rank falls
-    to one or two, and FairKL over all sites rises while each site sees its own fall.
-    """
-    mean_F = features_RF.mean(dim=0)
-    spread = (features_RF - mean_F).square().mean().sqrt().clamp_min(1e-12)
-    return mean_F.detach() + (features_RF - mean_F) * (spread.detach() / spread)
-
-
 def pretraining_losses(
     model: Pretrainer,
     data: SiteData,
@@ -119,9 +107,7 @@ def pretraining_losses(
             for space in config.debias.spaces:
                 views = EmbeddedViews(h_RF.chunk(2), metadata) if space == "h" else embedded
                 if space in references:
-                    features = views.z_VND.flatten(0, 1)
-                    moving = with_all_sites(features) if space in remote else features
-                    views = EmbeddedViews(references[space].rows(moving).chunk(2), metadata)
+                    views = EmbeddedViews(references[space].rows(views.z_VND.flatten(0, 1)).chunk(2), metadata)
                 divergences.append(fairkl.of(views, remote.get(space), scale))
             terms["fairkl"] = weight * torch.stack(divergences).sum()
         yield terms

@@ -236,8 +236,8 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "NUM_ANATOMIES": 16,
         "TABLE_RUN": "experiment=roi num_rounds=1 warmup_rounds=0 local_steps=1 encoder.width=16",
         "IMAGE_RUN": (
-            "data.target_sites=[] debias=erasure debias.erase_to=all num_rounds=1 warmup_rounds=0 local_steps=1 batch_size=8 simulation.min_group=3 "
-            "simulation.diagonal_subjects=3"
+            "data.target_sites=[] debias=erasure debias.erase_to=all num_rounds=1 warmup_rounds=0 local_steps=1 batch_size=8 "
+            "simulation.min_group=3 simulation.diagonal_subjects=3"
         ),
     }.items():
         monkeypatch.setattr(planted, name, value)
