@@ -7,7 +7,8 @@ models      encoders, projector, classifier
 losses      objectives, label kernels, FairKL; usable on their own
 moments     what sites exchange to compute FairKL across sites
 scaling     mean and spread of a table's features over all sites, from sums
-erasure     site and scanner erased behind the encoder, from group means
+erasure     site and scanner erased before or behind the encoder, from sums
+combat      ComBat from sums, for comparison
 training    the one local loop, and pretraining
 finetuning  encoder and head on labelled scans
 privacy     hardening of what leaves a site

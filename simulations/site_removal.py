@@ -334,6 +334,14 @@ def draw(study: Study, path: Path) -> None:
     canvas.savefig(path, dpi=150)
 
 
+def _cell(summary: Summary | None, separator: str) -> str:
+    """Mean and interval of a figure as text, a dash where there is none."""
+    if summary is None:
+        return "-"
+    interval = summary.interval
+    return f"{summary.mean:.3f}" + (f"{separator}[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
 def show(study: Study, seeds: int) -> None:
     """Print the table and the sentences."""
     from rich.console import Console
@@ -347,15 +355,7 @@ def show(study: Study, seeds: int) -> None:
     for method, found in study.items():
         if not found:
             continue
-        cells = []
-        for figure in figures:
-            summary = found.get(figure)
-            interval = summary.interval if summary else None
-            cells.append(
-                "-"
-                if summary is None
-                else f"{summary.mean:.3f}" + (f"\n[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-            )
+        cells = [_cell(found.get(figure), "\n") for figure in figures]
         table.add_row(LABELS[method], *cells, style="bold" if method in OURS else None)
     Console(width=190).print(table)
     for line in verdicts(study):
@@ -367,15 +367,7 @@ def markdown(study: Study) -> str:
     figures = [figure for figure in COLUMNS if any(figure in found for found in study.values())]
     lines = ["| method | " + " | ".join(COLUMNS[figure] for figure in figures) + " |", "|---" * (len(figures) + 1) + "|"]
     for method, found in study.items():
-        cells = []
-        for figure in figures:
-            summary = found.get(figure)
-            interval = summary.interval if summary else None
-            cells.append(
-                "-"
-                if summary is None
-                else f"{summary.mean:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-            )
+        cells = [_cell(found.get(figure), " ") for figure in figures]
         if found:
             lines.append(f"| {LABELS[method]} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
