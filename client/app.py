@@ -54,7 +54,7 @@ from core.finetuning import Stage, diagnosis_codes, finetune
 from core.models import CONSTANTS, Classifier, Pretrainer, Standardise, build_classifier, build_pretrainer, num_erased
 from core.moments import GroupMoments, Reference, feature_sums, groups_of, site_moments, told_subjects
 from core.privacy import harden
-from core.scaling import input_sums
+from core.scaling import input_sums, without_rare_values
 from core.training import NotFiniteError, TrainResult, embed, pretrain
 
 log = logging.getLogger("isocenter")
@@ -241,23 +241,29 @@ def train_pretrain(work: Work) -> RecordDict:
     return trained(result, work)
 
 
+def compared(work: Work, data: SiteData) -> torch.Tensor:
+    """Whether scanners are compared by each subject, (N,): healthy, or a patient where the run says so, of known age."""
+    diagnoses = ("control", "patient") if work.config.debias.erase_patients else ("control",)
+    taken_N = torch.tensor([scan.diagnosis in diagnoses for scan in data.scans], dtype=torch.bool)
+    return told_subjects(taken_N & ~data.ages().isnan(), data.scanner_codes(), work.site.moments)
+
+
 def input_rows(work: Work) -> tuple[SiteData, torch.Tensor]:
-    """The training subjects and their inputs (N, I): as the table has them, or, with constants told, as the encoder sees them."""
+    """The training subjects and their inputs (N, I): as the table has them, or, with constants told, as the encoder sees them.
+
+    Where sums by scanner are asked for, a feature that too few of a scanner's subjects have counts as missing for all of them.
+    """
     data = work.held.splits["train"].first_scans()
     rows_NI = data.inputs(range(len(data)), torch.device("cpu"))
+    if "input" in work.config.erased_spaces:
+        told_N = compared(work, data)
+        rows_NI[told_N] = without_rare_values(rows_NI[told_N], data.scanner_codes()[told_N], work.site.moments)
     if "constants" in work.memory.array_records:
         told = {name.removeprefix(CONSTANTS): value for name, value in constants(work).items()}
         standardise = Standardise(rows_NI.shape[1], len(told["directions"]))
         load_strictly(standardise, told)
         rows_NI = standardise(rows_NI)
     return data, rows_NI.detach()
-
-
-def compared(work: Work, data: SiteData) -> torch.Tensor:
-    """Whether scanners are compared by each subject, (N,): healthy, or a patient where the run says so, of known age."""
-    diagnoses = ("control", "patient") if work.config.debias.erase_patients else ("control",)
-    taken_N = torch.tensor([scan.diagnosis in diagnoses for scan in data.scans], dtype=torch.bool)
-    return told_subjects(taken_N & ~data.ages().isnan(), data.scanner_codes(), work.site.moments)
 
 
 @task(app.query("inputs"))

@@ -28,6 +28,24 @@ def input_sums(rows_NI: Tensor, policy: MomentPolicy) -> Tensor:
     return sums_3I
 
 
+def without_rare_values(rows_NI: Tensor, scanner_N: Tensor, policy: MomentPolicy) -> Tensor:
+    """The rows with NaN for each feature that fewer than ``policy.min_group`` subjects of a scanner have, at that scanner.
+
+    A scanner's mean of what is missing for nearly all would be the value of the few who have it.
+
+    Args:
+        rows_NI: one row a subject that is told, NaN where a value is missing.
+        scanner_N: integer code of each row's scanner.
+        policy: what the site lets out.
+    """
+    rows_NI = rows_NI.clone()
+    for code in torch.unique(scanner_N):
+        members_N = scanner_N == code
+        rare_I = (~rows_NI[members_N].isnan()).sum(dim=0) < policy.min_group
+        rows_NI[members_N[:, None] & rare_I] = torch.nan
+    return rows_NI
+
+
 def standardisation_from(sums: Sequence[Tensor]) -> Reference:
     """Mean and standard deviation of every feature from the `input_sums` of the sites; 1 for a feature that never varies.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,49 +133,70 @@ def test_fingerprint_is_of_the_code() -> None:
     assert fingerprint() == fingerprint()
 
 
+def answers_before_training(folder: Path, rows: Sequence[str], debias: str) -> list[tuple[str, bytes]]:
+    """What a site with these rows of a table says before the first training step, next to another site: kind and bytes."""
+    from client.app import app as client_app
+    from server.app import app as server_app
+
+    folder.mkdir()  # what a site has read it keeps: another file
+    header = "participant_id,age,sex,scanner,f0,f1"
+    others = [f"b{i:02d},{30 + i},{'FM'[i % 2]},x,{i % 6},{i % 4 + 0.3 * i}" for i in range(24)]
+    for site, lines in {"a": rows, "b": others}.items():
+        (folder / f"{site}.csv").write_text("\n".join([header, *lines]) + "\n")
+    heard: list[tuple[str, bytes]] = []
+
+    def listen(reply: Message, message_type: str) -> Message:
+        if message_type == "train.pretrain":
+            raise RuntimeError("enough")
+        if reply.metadata.src_node_id == 1 and message_type != "query.describe":
+            for record in reply.content.array_records.values():
+                heard.extend((message_type, array.data) for array in record.values())
+        return reply
+
+    overrides = (
+        f"experiment=roi {debias} debias.erase=input data.table=null data.fractions=[1,0,0] encoder.width=4 embedding_size=2 "
+        f"output={folder}"
+    )
+    policy = {"min-group": 8, "diagonal-subjects": 8}
+    nodes = {number: {"site": site, "data-root": str(folder / f"{site}.csv"), **policy} for number, site in enumerate("ab", 1)}
+    with pytest.raises(RuntimeError, match="enough"):
+        run_in_process(server_app, client_app, overrides, nodes, tamper=listen)
+    return heard
+
+
 def test_no_difference_of_sums_is_about_a_scanner_that_a_site_withholds(tmp_path: Path) -> None:
     """Site a has 24 training subjects on one scanner and 6, too few, on another; two more have no age.
 
     Whatever these hold, the site says the same, bit for bit, in every answer before the first training step.
     """
-    from client.app import app as client_app
-    from server.app import app as server_app
+    fairkl = "debias=fairkl debias.kernel.bandwidths.sex=0 debias.exchange_every=1 debias.warmup_rounds=0"
 
     def answers(offset: float) -> list[tuple[str, bytes]]:
-        rows = ["participant_id,age,sex,scanner,f0,f1"]
+        rows = []
         for i in range(32):
             withheld = i >= 24
             age = "n/a" if i in (30, 31) else str(20 + i)
             values = f"{i % 7 + withheld * offset},{i % 5 + 0.1 * i + withheld * offset}"
             rows.append(f"a{i:02d},{age},{'FM'[i % 2]},{'small' if 24 <= i < 30 else 'large'},{values}")
-        folder = tmp_path / f"{offset:g}"  # what a site has read it keeps: another file
-        folder.mkdir()
-        (folder / "a.csv").write_text("\n".join(rows) + "\n")
-        others = [f"b{i:02d},{30 + i},{'FM'[i % 2]},x,{i % 6},{i % 4 + 0.3 * i}" for i in range(24)]
-        (folder / "b.csv").write_text("\n".join([rows[0], *others]) + "\n")
-        policy = {"min-group": 8, "diagonal-subjects": 8}
-        heard: list[tuple[str, bytes]] = []
-
-        def listen(reply: Message, message_type: str) -> Message:
-            if message_type == "train.pretrain":
-                raise RuntimeError("enough")
-            if reply.metadata.src_node_id == 1 and message_type != "query.describe":
-                for record in reply.content.array_records.values():
-                    heard.extend((message_type, array.data) for array in record.values())
-            return reply
-
-        overrides = (
-            "experiment=roi debias=fairkl debias.kernel.bandwidths.sex=0 debias.erase=input debias.exchange_every=1 "
-            f"debias.warmup_rounds=0 data.table=null data.fractions=[1,0,0] encoder.width=4 embedding_size=2 output={folder}"
-        )
-        nodes = {
-            number: {"site": site, "data-root": str(folder / f"{site}.csv"), **policy} for number, site in enumerate("ab", 1)
-        }
-        with pytest.raises(RuntimeError, match="enough"):
-            run_in_process(server_app, client_app, overrides, nodes, tamper=listen)
-        return heard
+        return answers_before_training(tmp_path / f"{offset:g}", rows, fairkl)
 
     told = answers(0.0)
     assert [name for name, _ in told].count("query.inputs") == 2
     assert {name for name, _ in told} >= {"query.inputs", "query.scanners", "query.sums", "query.moments"}
+    assert answers(1000.0) == told
+
+
+def test_no_mean_is_about_the_few_of_a_scanner_who_have_a_feature(tmp_path: Path) -> None:
+    """Feature f1 is known of every subject on one scanner of site a, and of 3 of 12 on the other: of these nothing is told."""
+
+    def answers(offset: float) -> list[tuple[str, bytes]]:
+        rows = []
+        for i in range(36):
+            few, known = i >= 24, i < 27
+            value = i % 5 + 0.1 * i + few * offset if known else ""
+            rows.append(f"a{i:02d},{20 + i},{'FM'[i % 2]},{'other' if few else 'large'},{i % 7},{value}")
+        return answers_before_training(tmp_path / f"{offset:g}", rows, "debias=erasure")
+
+    told = answers(0.0)
+    assert [name for name, _ in told] == ["query.inputs", "query.scanners"] + ["query.scanners"] * 4 + ["query.inputs"]
     assert answers(1000.0) == told

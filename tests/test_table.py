@@ -24,7 +24,7 @@ from core.data.table import Columns, FeatureRows, TableError, TableSource
 from core.exchange import SiteError
 from core.models import MLP, build_pretrainer, split_constants
 from core.moments import MomentPolicy
-from core.scaling import input_sums, standardisation_from
+from core.scaling import input_sums, standardisation_from, without_rare_values
 from server.app import app as server_app
 from server.strategy import RunError
 from simulations.cli import register
@@ -336,6 +336,18 @@ def test_the_policy_holds_for_each_feature() -> None:
     assert sums.isnan().tolist() == [[False, True, True, False, False], [False, True, True, False, False],
                                      [False, True, True, True, False]]  # fmt: skip
     assert input_sums(rows[:0], OPEN).isnan().all()
+
+
+def test_a_feature_that_few_of_a_scanner_have_is_missing_there() -> None:
+    scanner = torch.tensor([0] * 4 + [3] * 5)
+    rows = torch.arange(18.0).reshape(9, 2)
+    rows[0, 0] = rows[4:7, 0] = torch.nan  # 3 are left at the first scanner, 2 at the other
+    before = rows.clone()
+    found = without_rare_values(rows, scanner, MomentPolicy(min_group=3))
+    expected = rows.clone()
+    expected[4:, 0] = torch.nan
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(rows, before, equal_nan=True, rtol=0, atol=0)
 
 
 def test_sites_that_withhold_are_no_part_of_it_and_a_feature_that_nobody_tells_stops() -> None:
