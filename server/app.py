@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -62,7 +62,8 @@ def carry_out(grid: Grid, context: Context) -> None:
     sites = Sites(grid, config.strategy.round_timeout_s)
     nodes = wait_for_sites(sites, config)
     results = Results()
-    pretraining, targets = choose_sites(nodes, config, results)
+    pretraining, targets = choose_sites(nodes, config, results), choose_targets(nodes, config)
+    log.info("fine-tuning at %s", ", ".join(targets.values() if config.finetune.stages else ()) or "no site")
     everyone = {node.node_id: node.site for node in nodes}
     evaluated = everyone if config.data.pretrain_sites is None else {**pretraining, **targets}
     num_inputs = agreed_inputs(nodes)
@@ -85,7 +86,9 @@ def carry_out(grid: Grid, context: Context) -> None:
     strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths, nodes)
     pretrained = rounds(grid, strategy, untrained)
     nodes, pretraining = sorted(strategy.met, key=lambda node: node.site), strategy.nodes
-    evaluated = evaluated | pretraining
+    # A site that was admitted late may be a target too.
+    targets = choose_targets(nodes, config)
+    evaluated = evaluated | pretraining | targets
     eraser = erase(strategy, pretrained, folder, config, results) if "h" in config.erased_spaces else None
 
     how, notes = choose_evaluation(nodes, evaluated, config)
@@ -207,14 +210,14 @@ def agreed_inputs(nodes: list[Node]) -> int:
     return int(str(nodes[0].about["num-inputs"]))
 
 
-def choose_sites(nodes: list[Node], config: RunConfig, results: Results) -> tuple[dict[int, str], dict[int, str]]:
-    """Node numbers and names of the pretraining sites and of the target sites.
+def choose_sites(nodes: list[Node], config: RunConfig, results: Results) -> dict[int, str]:
+    """Node numbers and names of the pretraining sites.
 
     Where the configuration names no pretraining sites, those with too few healthy subjects for a contrast are left out, noted,
     and count as unseen.
 
     Raises:
-        RunError: a named pretraining site has too few healthy subjects, no site has enough, or a target site has one class only.
+        RunError: a named pretraining site has too few healthy subjects, or no site has enough.
     """
     data = config.data
     small = [node for node in nodes if int(str(node.about["healthy-train-subjects"])) < MIN_CONTRAST_SUBJECTS]
@@ -242,22 +245,31 @@ def choose_sites(nodes: list[Node], config: RunConfig, results: Results) -> tupl
             f"sites: at least one must have {MIN_CONTRAST_SUBJECTS} healthy training subjects and not be in data.unseen_sites, "
             f"got none of {len(nodes)}."
         )
-    targets = [node for node in nodes if data.target_sites is None or node.site in data.target_sites]
-    if data.target_sites is None:
-        targets = [node for node in targets if node.about["classes-in-train"] == 2]
+    if config.debias.weight > 0 and config.debias.exchange_every == 0:
+        alone = [node.site for node in pretraining if node.about["scanners"] == 1]
+        if alone:
+            log.warning("FairKL is exactly zero at one-scanner sites without exchange: %s", ", ".join(alone))
+    log.info("pretraining at %s", ", ".join(node.site for node in pretraining))
+    return {node.node_id: node.site for node in pretraining}
+
+
+def choose_targets(nodes: Sequence[Node], config: RunConfig) -> dict[int, str]:
+    """Node numbers and names of the target sites: those the configuration names, or all that hold patients and controls.
+
+    Raises:
+        RunError: a named one that is to be fine-tuned at has one class only.
+    """
+    named = config.data.target_sites
+    if named is None:
+        return {node.node_id: node.site for node in nodes if node.about["classes-in-train"] == 2}
+    targets = [node for node in nodes if node.site in named]
     for node in targets if config.finetune.stages else ():
         if node.about["classes-in-train"] != 2:
             raise RunError(
                 f"site {node.site}: a target site must hold patients and controls, it has "
                 f"{node.about['classes-in-train']} of these. Leave it out with data.target_sites=[...]."
             )
-    if config.debias.weight > 0 and config.debias.exchange_every == 0:
-        alone = [node.site for node in pretraining if node.about["scanners"] == 1]
-        if alone:
-            log.warning("FairKL is exactly zero at one-scanner sites without exchange: %s", ", ".join(alone))
-    log.info("pretraining at %s", ", ".join(node.site for node in pretraining))
-    log.info("fine-tuning at %s", ", ".join(node.site for node in targets) or "no site")
-    return {node.node_id: node.site for node in pretraining}, {node.node_id: node.site for node in targets}
+    return {node.node_id: node.site for node in targets}
 
 
 def prepare_inputs(sites: Sites, nodes: Mapping[int, str], num_inputs: int, config: RunConfig, results: Results) -> None:

@@ -31,7 +31,7 @@ from core.models import Pretrainer, RowEncoder, build_pretrainer, num_erased
 from core.privacy import NoHardening
 from core.scaling import input_sums, standardisation_from, standardising
 from core.training import embed
-from server.app import Results, choose_sites
+from server.app import Results, choose_sites, choose_targets
 from server.sites import Node
 from simulations.methods import FedBN, FedDAPL, FedHarmony, FedProx, Method, Progress, State, Trained, federate
 
@@ -126,7 +126,7 @@ def open_sites(config: RunConfig) -> SitesData:
     held = {site.name: holdings(site, config) for site in virtual}
     results = Results()
     nodes = [Node(number, site, _about(held[site])) for number, site in enumerate(held)]
-    pretraining, targets = choose_sites(nodes, config, results)
+    pretraining, targets = choose_sites(nodes, config, results), choose_targets(nodes, config)
     if config.data.pretrain_sites is not None:
         held = {site: held[site] for site in held if site in {*pretraining.values(), *targets.values()}}
     splits = {site: {split: of_site.splits[split] for split in TABLE_SPLITS} for site, of_site in held.items()}

@@ -205,3 +205,10 @@ def test_age_by_sex_groups_cross_the_wire(consortium: Path, federate: Callable[.
     assert both["sites"]["a"]["fairkl"] > 0
     assert both["sites"]["a"]["fairkl"] != ages["sites"]["a"]["fairkl"]
     assert both["exchange"]["h"]["a"]["groups"] >= 2
+
+
+def test_a_late_site_with_patients_and_controls_is_fine_tuned_at(consortium: Path, run_growing: RunGrowing) -> None:
+    finetuning = ("finetune=both", "finetune.stages=[linear_probe]", "finetune.num_rounds=1")
+    rounds, folder = run_growing(hospitals(consortium, "a", "b", "c"), {3: 1}, "strategy.min_sites=2", *finetuning)
+    assert [(entry["stage"], sorted(entry["sites"])) for entry in rounds][3:] == [("linear_probe", ["c"])]
+    assert json.loads((folder / "roles.json").read_text())["target"] == ["c"]
