@@ -21,7 +21,9 @@ from core.data.manifest import UnusableScansError
 from core.data.site import SiteData
 from core.data.table import TableError
 from core.erasure import covariates, nearest_mean_hits, scanner_sums, told_scanners
-from core.evaluation.federated import (
+from core.evaluation.age_sums import RidgeCandidates
+from core.evaluation.class_sums import SiteProbe
+from core.evaluation.federated_site import (
     CLASS_PROBES,
     Subjects,
     affordable_columns,
@@ -32,7 +34,7 @@ from core.evaluation.federated import (
     probe_moments,
     told_scores,
 )
-from core.evaluation.sums import RidgeCandidates, SiteProbe, standardised, subject_folds
+from core.evaluation.sums import standardised, subject_folds
 from core.exchange import (
     ExchangeError,
     SiteError,

@@ -5,6 +5,7 @@ seeding     where every random number comes from
 data        what a site holds: manifest, bids, volumes, table, site, views, sampling
 models      encoders, projector, classifier
 losses      objectives, label kernels, FairKL; usable on their own
+messages    what every message of a site is checked for
 moments     what sites exchange to compute FairKL across sites
 scaling     mean and spread of a table's features over all sites, from sums
 erasure     site and scanner erased before or behind the encoder, from sums

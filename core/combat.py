@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from core.messages import check_fields, notes_of
 from core.moments import MomentPolicy
 
 CONVERGENCE = 1e-4
@@ -59,11 +60,7 @@ class BatchMoments:
             "covariate_covariance_BCC": (batches, covariates, covariates),
             "cross_covariance_BCF": (batches, covariates, features),
         }
-        for name, shape in shapes.items():
-            if tuple(getattr(self, name).shape) != shape:
-                raise ValueError(f"batch moments: {name} must have shape {shape}, got {tuple(getattr(self, name).shape)}.")
-        if not all(value.isfinite().all() for value in vars(self).values() if isinstance(value, Tensor)):
-            raise ValueError("batch moments: values must be finite, got some that are not. Ask the site for its log.")
+        check_fields("batch moments", self, shapes)
         if (self.count_B < 2).any() or (self.variance_BF < 0).any() or len(set(self.batch_B.tolist())) != batches:
             raise ValueError(
                 "batch moments: batches must differ, counts be at least 2 and variances not negative, got "
@@ -186,7 +183,7 @@ def fit_combat(parts: Mapping[str, BatchMoments], *, reference: tuple[str, int] 
         ValueError: no batch is told, fewer than two features vary (there is no prior then), covariates that do not vary
             inside any batch, a batch in which all subjects are alike, or an unknown reference.
     """
-    notes = tuple(f"{site}: {reason}" for site in sorted(parts) for reason in parts[site].withheld)
+    notes = notes_of(parts)
     rows = sorted((site, int(code), row) for site, part in parts.items() for row, code in enumerate(part.batch_B))
     if not rows:
         raise ValueError(f"combat: at least one scanner must be told, got none. {'; '.join(notes) or 'No site answered'}.")

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from core.config import RunConfig
 from core.erasure import Eraser
+from core.evaluation.age_sums import AgeErrors, FoldMoments, RidgeCandidates, fit_ridge
+from core.evaluation.class_sums import ClassCounts, ClassMoments, LogisticGradient, SiteProbe
 from core.evaluation.embeddings import Embeddings
-from core.evaluation.federated import (
-    FLOORS,
-    SITE_PROBES,
-    GroupMeans,
-    ProbeErrors,
-    ProbeMoments,
+from core.evaluation.federated_server import (
     Scorer,
     check_codes,
     fit_classes,
@@ -27,22 +24,12 @@ from core.evaluation.federated import (
     num_seen,
     refused,
 )
+from core.evaluation.federated_site import FLOORS, SITE_PROBES, GroupMeans, ProbeErrors, ProbeMoments
 from core.evaluation.intervals import Evaluation, NotEvaluableError
 from core.evaluation.outcomes import Results
 from core.evaluation.probes import chance_and_floor, evaluate, evaluate_predictions
-from core.evaluation.sums import (
-    SCORE_BINS,
-    AgeErrors,
-    ClassCounts,
-    ClassMoments,
-    FoldMoments,
-    LogisticGradient,
-    RidgeCandidates,
-    ScoreCounts,
-    SiteProbe,
-    fit_ridge,
-    random_directions,
-)
+from core.evaluation.score_sums import SCORE_BINS, ScoreCounts
+from core.evaluation.sums import random_directions
 from core.exchange import (
     ExchangeError,
     State,

@@ -11,5 +11,5 @@ age_maps         representations by age, objective by objective
 methods          other people's federated training, in our loop
 baselines        every baseline of site-effect removal, as embeddings
 site_removal     all methods on the same held-out subjects
-planted          known truth against what the evaluation finds
+planted          known truth against what the evaluation finds, with planted_tables, planted_images and planted_measures
 """

@@ -18,39 +18,24 @@ from typer.testing import CliRunner
 from client.app import app as client_app
 from core.checkpoint import load_checkpoint
 from core.cli import app as cli
+from core.evaluation.age_sums import RIDGE_ALPHAS, AgeErrors, ErrorScore, FoldMoments, r2_interval
+from core.evaluation.class_sums import ClassCounts, ClassMoments, SiteProbe
 from core.evaluation.embeddings import Embeddings
-from core.evaluation.federated import (
+from core.evaluation.federated_server import Scorer, check_codes, gathered, group_directions, num_seen, refused
+from core.evaluation.federated_site import (
     GroupMeans,
-    Scorer,
     Subjects,
     affordable_columns,
     age_and_sex,
-    area_variance,
-    check_codes,
-    gathered,
-    group_directions,
     group_means,
     let_out,
-    num_seen,
     probe_errors,
-    r2_interval,
-    refused,
     told_scores,
 )
 from core.evaluation.intervals import Evaluation, NotEvaluableError
 from core.evaluation.reading import read_representations
-from core.evaluation.sums import (
-    RIDGE_ALPHAS,
-    AgeErrors,
-    ClassCounts,
-    ClassMoments,
-    ErrorScore,
-    FoldMoments,
-    ScoreCounts,
-    SiteProbe,
-    random_directions,
-    subject_folds,
-)
+from core.evaluation.score_sums import ScoreCounts, area_variance
+from core.evaluation.sums import random_directions, subject_folds
 from core.exchange import ExchangeError, pack_message, unpack_message
 from core.moments import MomentPolicy
 from core.report import RunRecord, write_report

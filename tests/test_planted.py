@@ -11,25 +11,9 @@ import torch
 from core.evaluation.embeddings import Embeddings
 from core.moments import MomentPolicy
 from simulations import planted
-from simulations.planted import (
-    RANK,
-    Consortium,
-    Counterfactual,
-    Plan,
-    beyond,
-    components,
-    counterfactual_share,
-    draw_consortium,
-    fitted_eraser,
-    given_columns,
-    judge,
-    planted_share,
-    projector_gap,
-    recovered_share,
-    site_probes,
-    study_apps,
-    study_table,
-)
+from simulations.planted_images import Counterfactual, components, counterfactual_share
+from simulations.planted_measures import beyond, fitted_eraser, given_columns, planted_share, projector_gap, recovered_share
+from simulations.planted_tables import RANK, Consortium, Plan, draw_consortium, judge, site_probes, study_apps, study_table
 
 
 def test_the_share_by_hand() -> None:

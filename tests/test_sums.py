@@ -13,36 +13,32 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, roc_auc_s
 from torch import Tensor
 
 from core.evaluation import probes
-from core.evaluation.embeddings import Embeddings
-from core.evaluation.intervals import NotEvaluableError
-from core.evaluation.sums import (
+from core.evaluation.age_sums import (
     WHOLE,
     AgeErrors,
-    ClassMoments,
     FoldMoments,
-    LogisticGradient,
     RidgeCandidates,
-    SiteProbe,
     age_errors,
     age_scores,
-    area_under_curve,
-    between_group_directions,
     choose_alpha,
+    fit_ridge,
+    fold_moments,
+)
+from core.evaluation.class_sums import (
+    ClassMoments,
+    LogisticGradient,
+    SiteProbe,
     class_moments,
     count_classes,
     fit_lda,
     fit_logistic,
-    fit_ridge,
-    fold_moments,
     logistic_gradient,
-    mean_of_shares,
-    num_bytes,
-    random_directions,
-    score_counts,
     site_score,
-    standardised,
-    subject_folds,
 )
+from core.evaluation.embeddings import Embeddings
+from core.evaluation.intervals import NotEvaluableError
+from core.evaluation.score_sums import area_under_curve, score_counts
+from core.evaluation.sums import between_group_directions, mean_of_shares, random_directions, standardised, subject_folds
 from core.moments import MomentPolicy, Reference, feature_sums, reference_from
 
 ALL = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
@@ -496,13 +492,6 @@ def test_a_constant_feature_and_a_site_of_one_subject_stay_finite() -> None:
         score = site_score(probe, counts)
         assert ("site00", 0) not in score.classes
         assert 0.2 < score.balanced_accuracy <= 1
-
-
-def test_what_crosses_is_counted() -> None:
-    train = part_of(hospitals(2), True)["site01"]
-    told = fold_moments(train["x"], train["age"], torch.arange(len(train["x"])) % 5, policy=ALL)
-    assert num_bytes(told) == 8 * 5 * (1 + 1 + 7 + 49)
-    assert num_bytes(class_moments(train["x"], train["scanner"], policy=ALL)) == 8 * (1 + 1 + 6 + 36)
 
 
 def test_messages_that_cannot_be_are_refused() -> None:

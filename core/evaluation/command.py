@@ -1,7 +1,7 @@
 """What `isocenter evaluate` does: read representations, evaluate and compare them, print tables and one sentence on each."""
 
 import json
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,60 +118,51 @@ def _check_same_scans(first: Embeddings, second: Embeddings, labels: tuple[str, 
             )
 
 
-def by_task(rows: Iterable[Row]) -> list[Row]:
+def _table(title: str, headings: Sequence[str], rows: Sequence[Row], cells: Callable[[Row], Sequence[str]]) -> Table:
     """Tasks in the order in which they came, the figures of each together."""
-    listed = list(rows)
-    tasks = list(dict.fromkeys(row.task for row in listed))
-    return sorted(listed, key=lambda row: tasks.index(row.task))
+    table = Table(title=title)
+    for heading in ("task", "metric"):
+        table.add_column(heading, no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task in dict.fromkeys(row.task for row in rows):
+        table.add_section()
+        of_task = [row for row in rows if row.task == task]
+        for number, row in enumerate(of_task):
+            table.add_row("" if number else task, row.metric, *cells(row))
+    return table
 
 
 def _figures_table(evaluations: Sequence[Evaluation], stage: str, label: str) -> Table:
     """Figures over all sites, each beside chance and floor."""
-    table = Table(title=f"{label}: held-out subjects")
-    for heading in ("task", "metric"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("value", "95 % interval", "floor", "chance", "subjects"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    task = ""
-    for e in by_task(e for e in evaluations if (e.stage, e.site) == (stage, "all")):
+
+    def cells(e: Evaluation) -> Sequence[str]:
         floor = find(evaluations, "age_sex_floor", e.task, e.metric)
         chance = chance_beside(evaluations, e)
-        if e.task != task and task:
-            table.add_section()
-        table.add_row(
-            "" if e.task == task else e.task,
-            e.metric,
+        return (
             digits(e.value, e.metric),
             with_interval(e).partition(" ")[2],
             digits(floor.value, e.metric) if floor else "",
             digits(chance.value, e.metric) if chance else "",
             str(e.num_subjects),
         )
-        task = e.task
-    return table
+
+    rows = [e for e in evaluations if (e.stage, e.site) == (stage, "all")]
+    return _table(f"{label}: held-out subjects", ("value", "95 % interval", "floor", "chance", "subjects"), rows, cells)
 
 
 def _differences_table(differences: Sequence[Difference], first: str, second: str) -> Table:
-    table = Table(title=f"{second} (second) minus {first} (first): the same held-out subjects")
-    for heading in ("task", "metric"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("first", "second", "difference", "95 % interval", "p"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    task = ""
-    for d in by_task(differences):
-        if d.task != task and task:
-            table.add_section()
-        table.add_row(
-            "" if d.task == task else d.task,
-            d.metric,
+    def cells(d: Difference) -> Sequence[str]:
+        return (
             digits(d.first, d.metric),
             digits(d.second, d.metric),
             digits(d.value, d.metric, signed=True),
             f"[{digits(d.low, d.metric)}, {digits(d.high, d.metric)}]",
             "" if d.p_value is None else f"{d.p_value:.3f}" if d.p_value >= 0.001 else "< 0.001",
         )
-        task = d.task
-    return table
+
+    title = f"{second} (second) minus {first} (first): the same held-out subjects"
+    return _table(title, ("first", "second", "difference", "95 % interval", "p"), differences, cells)
 
 
 def _write(
