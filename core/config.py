@@ -156,7 +156,7 @@ class DebiasConfig(Closed):
     erase_age_degree: Literal[1, 2] = 1
     erase_patients: bool = True
     erase_directions: Annotated[int, Field(ge=1)] | None = None
-    erase_to: Literal["floor", "all"] | Share = "floor"
+    erase_to: Literal["auto", "floor", "all"] | Share = "auto"
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DebiasConfig":
@@ -384,7 +384,9 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     match = re.search(r"Could not override '([\w.]+)'", text)
     if match and match[1] in usual and match[1] not in known:
         group = match[1].partition(".")[0]
-        chosen = next((o for name in (group, "experiment") for o in choices if o.startswith(f"{name}=")), f"the default {group}")
+        chosen = next(
+            (o for name in (group, "experiment") for o in reversed(choices) if o.startswith(f"{name}=")), f"the default {group}"
+        )
         return f"config: {match[1]} is no setting of {chosen}, which has nothing of that kind; leave it out or choose another."
     for key in wanted:
         if key not in known and key.partition("@")[0] not in known:

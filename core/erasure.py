@@ -18,6 +18,7 @@ from torch import Tensor
 from core.moments import MomentPolicy, Reference
 
 AGE_CENTRE_YEARS, AGE_UNIT_YEARS = 50.0, 20.0
+FEATURES_A_DIRECTION = 20
 
 
 def covariates(age_N: Tensor, sex_N: Tensor, patient_N: Tensor, *, age_degree: int = 1) -> Tensor:
@@ -93,6 +94,11 @@ class Eraser:
     mean_F: Tensor
     scale_F: Tensor
     directions_KF: Tensor
+
+    @property
+    def takes_little(self) -> bool:
+        """Whether the directions are so few of the features that what they hold of anatomy by chance does not count."""
+        return FEATURES_A_DIRECTION * len(self.directions_KF) <= len(self.mean_F)
 
     def __call__(self, features_NF: Tensor) -> Tensor:
         """The features without the directions, (N, F), in their own units."""

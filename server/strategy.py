@@ -197,8 +197,11 @@ class SiteRounds(FedAvg):
         target = self.config.debias.erase_to
         if eraser is None or target == "all":
             return eraser
+        # Behind an encoder that already sees inputs without site, most directions are noise: there each must be needed.
+        if target == "auto" and eraser.takes_little and "input" not in self.config.erased_spaces:
+            return eraser
         sums_of = {site: sums for site, (sums, _) in told.items()}
-        return self.only_what_is_needed(eraser, sums_of, task, None if target == "floor" else target)
+        return self.only_what_is_needed(eraser, sums_of, task, target if isinstance(target, float) else None)
 
     def only_what_is_needed(
         self, eraser: Eraser, told: Mapping[str, ScannerSums], task: RecordDict, target: float | None

@@ -429,6 +429,28 @@ def last(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(max((folder / "checkpoints").glob("pretrain-*.safetensors")))
 
 
+@pytest.mark.parametrize(
+    ("override", "asked", "directions"),
+    [
+        ("debias.erase=h encoder.width=40", False, {2}),  # two of 40 features are few
+        ("debias.erase=h encoder.width=39", True, {0, 1, 2}),
+        ("debias.erase=auto encoder.width=40", True, {0, 1, 2}),
+        ("debias.erase=h encoder.width=40 debias.erase_to=floor", True, {0, 1, 2}),
+        ("debias.erase=h encoder.width=8 debias.erase_to=all", False, {2}),
+        ("debias.erase=h encoder.width=40 debias.erase_to=1.0", True, {0}),
+        ("debias.erase=h encoder.width=40 debias.erase_to=0.0", True, {2}),
+    ],
+)
+def test_how_many_directions_of_h_are_erased(
+    tmp_path: Path, federate_table: Callable[..., Path], override: str, asked: bool, directions: set[int]
+) -> None:
+    table = write_consortium(tmp_path / "t.csv")
+    folder = federate_table(table, f"num_rounds=1 finetune=none evaluation=none {override}")
+    eraser = load_file(folder / "checkpoints" / "eraser-0001.safetensors")
+    assert len(eraser["directions_KF"]) in directions
+    assert ("hits" in json.loads((folder / "traffic.json").read_text())) == asked
+
+
 def test_a_federated_run_on_a_table(tmp_path: Path, federate_table: Callable[..., Path]) -> None:
     table = write_consortium(tmp_path / "t.csv")
     folder = federate_table(table, "simulation.share_per_scan=true data.unseen_sites=[b] data.fractions=[0.6,0,0.4]", name="roi")
