@@ -70,6 +70,7 @@ def test_overrides_may_be_one_quoted_line() -> None:
         ("name=a/b", "name: .*got 'a/b'"),
         ("data.pretrain_sites=['../x']", "data.pretrain_sites"),
         ("objective=ntxent objective.kernel.shape=rbf", "objective.kernel.shape is no setting of objective=ntxent"),
+        ("experiment=roi debias=fairkl debias=erasure debias.weight=3", "debias.weight is no setting of debias=erasure"),
         ("objective.kernel.shape=box", "objective.kernel.shape: Input should be 'rbf'"),
         ("objective.kernel.bandwidths.age_years=-1", "bandwidth of age_years must be 0 or positive and finite, got -1"),
         ("objective.kernel.bandwidths.age_years=null", "bandwidths must name at least one label"),
