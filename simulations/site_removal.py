@@ -17,10 +17,12 @@ import os
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +33,7 @@ from scipy import stats
 
 from core.checkpoint import load_checkpoint, write_atomically
 from core.cli import Overrides, checked
-from core.config import RunConfig, load_config
+from core.config import RunConfig, describe, load_config
 from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.outcomes import Outcome, compare_outcomes
@@ -106,10 +108,23 @@ class Job:
         """Where the figures of a method are kept."""
         return self.folder / "results" / f"{method}-seed{self.seed}.json"
 
+    def settings(self, method: str) -> dict[str, Any]:
+        """Everything that is set for a method, by default or by the overrides."""
+        return settings_of((*self.seeded, *shlex.split(OURS.get(method, ""))))
+
     def finished(self, method: str) -> bool:
-        """Whether these figures are there, of the same overrides."""
+        """Whether these figures are there, of the same settings."""
         path = self.result(method)
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["overrides"] == list(self.seeded)
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == self.settings(method)
+
+
+@lru_cache(maxsize=1024)
+def settings_of(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """What overrides set, as JSON brings it back; where the data are is part of it."""
+    config = load_config(overrides)
+    places = {place: str(path) for place, path in config.data.places.items()}
+    settings: dict[str, Any] = json.loads(json.dumps({**describe(config), "places": places}))
+    return settings
 
 
 def carry_out(job: Job) -> None:
@@ -126,7 +141,7 @@ def carry_out(job: Job) -> None:
     # The reference first: the others are compared with it.
     for method in sorted(missing, key=lambda name: (name != REFERENCE, (*LABELS,).index(name))):
         started = time.monotonic()
-        about: dict[str, Any] = {"method": method, "seed": job.seed, "overrides": list(job.seeded)}
+        about: dict[str, Any] = {"method": method, "seed": job.seed, "settings": job.settings(method)}
         if method == FLOOR:
             evaluations, notes = chance_and_floor(
                 data.table.select(np.isin(data.table.site, data.known)), regime=FLOOR, seed=job.seed
@@ -295,6 +310,31 @@ def verdicts(study: Study) -> list[str]:
     return lines
 
 
+def wire(jobs: Sequence[Job]) -> dict[str, dict[str, int]]:
+    """Bytes that crossed the wire in all runs of ours, to and from sites, by method and kind."""
+    crossed: dict[str, dict[str, int]] = {}
+    for method in [method for method in jobs[0].methods if method in OURS]:
+        total: Counter[str] = Counter()
+        for job in jobs:
+            if job.finished(method):
+                traffic = json.loads(job.result(method).read_text(encoding="utf-8"))["traffic"]
+                total.update({kind: sum(directions.values()) for kind, directions in traffic.items()})
+        crossed[method] = dict(total)
+    return crossed
+
+
+def wire_lines(crossed: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What crossed the wire beside the weights, in sentences."""
+    lines = []
+    for method, bytes_of in crossed.items():
+        weights = bytes_of.get("weights", 0)
+        if weights:
+            shares = {kind: size / weights for kind, size in sorted(bytes_of.items()) if kind != "weights"}
+            kinds = ", ".join(f"{kind} {share:.2%}" for kind, share in shares.items())
+            lines.append(f"{LABELS[method]}: beside the weights crossed {sum(shares.values()):.2%} of their bytes ({kinds}).")
+    return lines
+
+
 def draw(study: Study, path: Path) -> None:
     """Site balanced accuracy against age error, every method a point with its interval, for both linear probes."""
     import matplotlib as mpl
@@ -414,11 +454,14 @@ def main(
         }
         for name, found in study.items()
     }
-    about = {"overrides": overrides or [], "seeds": seeds, "figures": plain, "verdicts": verdicts(study)}
+    crossed = wire(jobs)
+    about = {"overrides": overrides or [], "seeds": seeds, "figures": plain, "verdicts": verdicts(study), "traffic": crossed}
     write_atomically(folder / "study.json", json.dumps(about, indent=1).encode())
     write_atomically(folder / "table.md", markdown(study).encode())
     draw(study, folder / "figure.png")
     show(study, seeds)
+    for line in wire_lines(crossed):
+        typer.echo(line)
     typer.echo(f"table, figure and figures of every seed: {folder}")
 
 

@@ -64,7 +64,9 @@ def test_a_study_measures_writes_and_resumes(tmp_path: Path) -> None:
     assert LABELS["combat_h"] in output
     result = json.loads((folder / "results" / "erasure-seed0.json").read_text())
     assert {d["metric"] for d in result["differences"]} >= {"balanced_accuracy", "mae", "mae_unseen"}
-    assert result["traffic"]
+    weights = sum(result["traffic"]["weights"].values())
+    assert about["traffic"] == {"erasure": {kind: sum(both.values()) for kind, both in result["traffic"].items()}}
+    assert f"crossed {sum(about['traffic']['erasure'].values()) / weights - 1:.2%} of their bytes" in output.replace("\n", " ")
     tables = [Embeddings.load(path) for path in sorted((folder / "embeddings").glob("*.npz"))]
     assert len(tables) == 3
     for table in tables:  # the same subjects in the same order
@@ -74,6 +76,8 @@ def test_a_study_measures_writes_and_resumes(tmp_path: Path) -> None:
     assert (folder / "results" / "fedavg-seed0.json").stat().st_mtime_ns == stamp
     again = json.loads((folder / "results" / "raw-seed0.json").read_text())
     assert again["differences"]  # compared with a reference that was measured before
+    study(tmp_path, "encoder.width=9", "--method", "raw")
+    assert (folder / "results" / "fedavg-seed0.json").stat().st_mtime_ns > stamp  # other settings, other figures
 
 
 def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
