@@ -177,9 +177,10 @@ def received_classifier(work: Work) -> Classifier:
 
 def trained(result: TrainResult, work: Work) -> RecordDict:
     """The answer to a training task: every weight but the constants."""
-    before = unpack_state(work.received)
-    after = {name: result.state[name].detach().cpu() for name in before}
-    arrays, layout = pack(harden(after, before, work.config.privacy))
+    received = unpack_state(work.received)
+    after = {name: value.detach().cpu() for name, value in result.state.items() if name in received}
+    before = {name: received[name] for name in after}
+    arrays, layout = pack(received | harden(after, before, work.config.privacy))
     metrics = MetricRecord({"num-examples": result.num_scans, **result.metrics})
     return content(arrays=arrays, metrics=metrics, config=ConfigRecord({"layout": layout}))
 

@@ -70,4 +70,6 @@ def finetune(
         torch.optim.AdamW(groups, weight_decay=chosen.weight_decay),
         f"site {data.site}, {stage}, round {round_number}",
     )
-    return TrainResult(dict(model.state_dict()), len(data), metrics)
+    part = model.head if stage == "linear_probe" else model
+    prefix = "head." if stage == "linear_probe" else ""
+    return TrainResult({f"{prefix}{name}": value for name, value in part.state_dict().items()}, len(data), metrics)

@@ -28,7 +28,7 @@ class TrainResult:
     """What a site's local steps gave.
 
     Attributes:
-        state: the trained weights.
+        state: the weights that the steps trained, by name; what stays frozen is not among them.
         num_scans: scans the site trained on, its weight in the average.
         metrics: mean over the local steps of every term, by name.
     """

@@ -156,6 +156,16 @@ def test_one_full_batch_step_of_a_per_scan_loss_equals_the_pooled_step() -> None
     np.testing.assert_allclose(averaged, pooled, rtol=0, atol=1e-12)
 
 
+def test_a_linear_probe_leaves_the_encoder_without_noise(federate: Federate, consortium: Path) -> None:
+    noise = "privacy=clip_and_noise privacy.clip_norm=1 privacy.noise_multiplier=1 num_rounds=1"
+    checkpoints = federate(consortium, noise, "finetune.stages=[linear_probe]", "debias.erase=none") / "checkpoints"
+    before = load_file(checkpoints / "pretrain-0001.safetensors")
+    after = load_file(next(checkpoints.glob("linear_probe-*.safetensors")))
+    encoder = [name for name in after if name.startswith("encoder.")]
+    assert encoder
+    assert all(torch.equal(after[name], before[name]) for name in encoder)
+
+
 def test_no_privacy_equals_zero_noise_with_infinite_clip(consortium: Path, federate: Federate) -> None:
     """Identity 7, bit for bit; and a real clip changes the result."""
     plain = load_file(last(federate(consortium, name="plain")))
