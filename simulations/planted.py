@@ -29,7 +29,7 @@ from simulations.planted_tables import PLANS, AppsResult, Plan, TableResult, stu
 
 PROBED_SHARE = 0.2
 COHORT_SCALE, NUM_ANATOMIES = 1.0, 60
-TABLE_RUN = "experiment=roi num_rounds=6"
+TABLE_RUN = "experiment=roi debias=erasure num_rounds=6"
 IMAGE_RUN = "data.target_sites=[] debias=erasure debias.erase_to=all num_rounds=8"
 
 

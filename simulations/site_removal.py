@@ -443,6 +443,8 @@ def main(
     if config.data.root is None:
         typer.echo(f"site_removal: data.{config.data.PLACES[0]} must name the data, got null. Add it to the overrides.", err=True)
         raise typer.Exit(2)
+    for ours in [OURS[name] for name in methods if name in OURS]:
+        checked([*(overrides or ()), *shlex.split(ours)])
     folder = output or Path("runs") / f"site-removal-{config.name}"
     jobs = [Job(tuple(overrides or ()), seed, methods, folder) for seed in range(seeds)]
     measure(jobs, workers or len(os.sched_getaffinity(0)))

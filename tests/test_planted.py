@@ -140,7 +140,7 @@ def test_sites_too_small_to_tell_slopes_are_refused() -> None:
 
 
 def test_the_real_apps_erase_the_same() -> None:
-    quick = "experiment=roi num_rounds=1 warmup_rounds=0 local_steps=1 encoder.width=32"
+    quick = "experiment=roi debias=erasure num_rounds=1 warmup_rounds=0 local_steps=1 encoder.width=32"
     found = study_apps(Plan(share=0.2), 0, quick)
     assert found.eraser_gap < 1e-5
     assert found.inputs[0] == pytest.approx(0.2, abs=0.03)
@@ -218,7 +218,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "PLANS": (Plan(share=0.2),),
         "COHORT_SCALE": 0.35,
         "NUM_ANATOMIES": 16,
-        "TABLE_RUN": "experiment=roi num_rounds=1 warmup_rounds=0 local_steps=1 encoder.width=16",
+        "TABLE_RUN": "experiment=roi debias=erasure num_rounds=1 warmup_rounds=0 local_steps=1 encoder.width=16",
         "IMAGE_RUN": (
             "data.target_sites=[] debias=erasure debias.erase_to=all num_rounds=1 warmup_rounds=0 local_steps=1 batch_size=8 "
             "simulation.min_group=3 simulation.diagonal_subjects=3"

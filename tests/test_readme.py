@@ -143,7 +143,7 @@ def test_tables_of_features_run_when_shortened(tmp_path: Path) -> None:
             lines.append(";".join([*cells, *(f"{value:.3f}" for value in x)]))
     table = tmp_path / "abide.csv"
     table.write_text("\n".join(lines) + "\n")
-    shorter = "num_rounds=2 warmup_rounds=0 local_steps=1 encoder.width=16"
+    shorter = "num_rounds=11 warmup_rounds=0 local_steps=1 encoder.width=16"
     commands = block("tables").strip().splitlines()
     assert [command.split()[:3] for command in commands] == [
         ["isocenter", "run", "experiment=abide"],

@@ -12,6 +12,7 @@ from simulations.site_removal import AGE, FLOOR, HELD_OUT, KNN, LABELS, SITE, St
 
 TINY = [
     "experiment=roi",
+    "debias=erasure",
     "num_rounds=2",
     "local_steps=2",
     "batch_size=8",
@@ -86,6 +87,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path: Path) -> None:
         (["experiment=roi", f"data.table={table}", "--method", "magic"], "method must be one of"),
         (["data=phantom"], "data.root must name the data"),
         (["experiment=roi", f"data.table={table}", "nonsense=1"], "must name a known key"),
+        (["experiment=roi", f"data.table={table}", "debias.weight=1"], "debias.weight is no setting of debias=erasure"),
     ):
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 2
