@@ -82,6 +82,8 @@ class Work:
     memory: RecordDict
 
 
+KEPT = "kept-"
+"""What a site was told and keeps for the run has this before its name."""
 Task = Callable[[Work], RecordDict]
 Handler = Callable[[Message, Context], Message]
 
@@ -218,12 +220,32 @@ def keep_constants(work: Work) -> RecordDict:
     return content()
 
 
+def others_moments(work: Work) -> dict[str, ArrayRecord]:
+    """Moments of the other sites' groups and references, as the server told them at the last exchange; the site keeps them."""
+    exchange = cast(int, work.received.config_records["config"]["exchange"])
+    kinds = ("moments", "reference")
+    received = {name: record for name, record in work.received.array_records.items() if name.partition("-")[0] in kinds}
+    kept = {name.removeprefix(KEPT): record for name, record in work.memory.array_records.items() if name.startswith(KEPT)}
+    if received:
+        for name in kept:
+            del work.memory.array_records[f"{KEPT}{name}"]
+        for name, record in received.items():
+            work.memory.array_records[f"{KEPT}{name}"] = record
+        work.memory.config_records["exchange"] = ConfigRecord({"round": exchange})
+        return received
+    if exchange == 0:
+        return {}
+    if "exchange" not in work.memory.config_records or work.memory.config_records["exchange"]["round"] != exchange:
+        raise SiteError("moments", "this site must be told the other sites' moments, it has none: it was started anew.")
+    return kept
+
+
 @task(app.train("pretrain"))
 def train_pretrain(work: Work) -> RecordDict:
     """A round of contrastive pretraining on the site's healthy training scans."""
     model = received_model(work)
     widths = {"h": model.encoder.num_features, "z": work.config.embedding_size}
-    told = work.received.array_records
+    told = others_moments(work)
     result = pretrain(
         model,
         healthy(work.held.splits["train"]),

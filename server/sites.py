@@ -15,6 +15,8 @@ from core.exchange import ExchangeError, State, array_bytes, content, error_kind
 log = logging.getLogger("isocenter")
 
 Failures = dict[str, tuple[str, str]]
+FORGETFUL = {"constants", "moments"}
+"""Kinds of failure of a site that was started anew and has lost what it was told once: it is told and asked again."""
 Answer = TypeVar("Answer")
 
 
@@ -59,10 +61,10 @@ class Sites:
     ) -> tuple[dict[str, RecordDict], Failures]:
         """Send one message to each node and wait: answers by site, and failures (kind, sentence) by site, both in site order.
 
-        A site that has lost the run's constants, because it was started anew, is told them and asked again.
+        A site that has lost the run's constants is told them and asked again.
         """
         answers, failures = self._ask(nodes, message_type, records)
-        if forgetful := {node: site for node, site in nodes.items() if failures.get(site, ("",))[0] == "constants"}:
+        if forgetful := {node: site for node, site in nodes.items() if failures.get(site, ("",))[0] in FORGETFUL}:
             self.forget(forgetful)
             self.tell_constants(forgetful)
             again, failed_again = self._ask(forgetful, message_type, records)

@@ -32,7 +32,7 @@ from core.exchange import (
     unpack_state,
 )
 from core.moments import GroupMoments, Reference, concatenate, reference_from
-from server.sites import Answer, Node, RunError, Sites, reasons, sort_replies
+from server.sites import FORGETFUL, Answer, Node, RunError, Sites, reasons, sort_replies
 
 log = logging.getLogger("isocenter")
 
@@ -88,6 +88,9 @@ class SiteRounds(FedAvg):
         self.moments: dict[str, dict[str, GroupMoments]] = {}
         self.references: dict[str, Reference] = {}
         self.exchanged: dict[str, dict[str, dict[str, int]]] = {}
+        self.exchange_round = 0
+        self.holders: set[int] = set()
+        self.round_arrays = ArrayRecord()
         self.round_started = self.started = time.monotonic()
 
     def task(self, round_number: int, arrays: ArrayRecord, space: str = "", **more: ArrayRecord) -> RecordDict:
@@ -249,23 +252,49 @@ class SiteRounds(FedAvg):
             self.moments, self.references = {}, {}
             for space in self.config.debias.spaces:
                 self.exchange_moments(server_round, arrays, space)
+            self.exchange_round = server_round if self.references else 0
+            self.holders.clear()
+        self.round_arrays = arrays
+        return self.training_tasks(server_round, self.nodes)
+
+    def training_tasks(self, round_number: int, nodes: Mapping[int, str]) -> list[Message]:
+        """One task a node; with it the moments of all the other sites' groups, where the node does not hold them yet."""
         messages = []
-        for node, site in self.nodes.items():
-            more = {f"reference-{space}": pack_reference(reference) for space, reference in self.references.items()}
-            for space, told in self.moments.items():
-                others = [moments for other, moments in told.items() if other != site and len(moments)]
-                if others:
-                    more[f"moments-{space}"] = pack_groups(concatenate(others))
+        for node, site in nodes.items():
+            more: dict[str, ArrayRecord] = {}
+            if node not in self.holders:
+                more = {f"reference-{space}": pack_reference(reference) for space, reference in self.references.items()}
+                for space, told in self.moments.items():
+                    others = [moments for other, moments in told.items() if other != site and len(moments)]
+                    if others:
+                        more[f"moments-{space}"] = pack_groups(concatenate(others))
             message_type = "train.pretrain" if self.stage == "pretrain" else "train.finetune"
-            record = self.task(server_round, arrays, "", **more)
+            record = self.task(round_number, self.round_arrays, "", **more)
+            record.config_records["config"]["exchange"] = self.exchange_round
             messages.append(Message(content=record, message_type=message_type, dst_node_id=node))
         self.sites.count(messages, "to sites")
         return messages
+
+    def ask_forgetful(self, round_number: int, replies: list[Message]) -> list[Message]:
+        """The replies, in place of failures the second ones of sites that had lost what they were told."""
+        _, failures = sort_replies(self.nodes, replies, 0.0)
+        lost = {node: site for node, site in self.nodes.items() if failures.get(site, ("",))[0] in FORGETFUL}
+        if not lost:
+            return replies
+        log.warning("round %d: %s had lost what they were told and are asked again", round_number, ", ".join(lost.values()))
+        self.sites.forget(lost)
+        self.sites.tell_constants(lost)
+        self.holders.difference_update(lost)
+        messages = self.training_tasks(round_number, lost)
+        again = list(self.sites.grid.send_and_receive(messages, timeout=self.sites.timeout_s))
+        self.sites.count(again, "from sites")
+        return [reply for reply in replies if reply.metadata.src_node_id not in lost] + again
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check, average in site order, keep a checkpoint, tell what happened."""
         replies = list(replies)
         self.sites.count(replies, "from sites")
+        replies = self.ask_forgetful(server_round, replies)
         answers, failures = sort_replies(self.nodes, replies, time.monotonic() - self.round_started)
         for site, answer in list(answers.items()):
             try:
@@ -274,8 +303,8 @@ class SiteRounds(FedAvg):
             except (ExchangeError, KeyError) as error:
                 failures[site] = ("exchange", str(error))
                 del answers[site]
-        self.sites.forget(node for node, site in self.nodes.items() if failures.get(site, ("",))[0] == "constants")
         self.check_quorum(server_round, len(answers), failures)
+        self.holders.update(node for node, site in self.nodes.items() if site in answers)
         site_of = {node: site for node, site in self.nodes.items() if site in answers}
         accepted = sorted(
             (reply for reply in replies if reply.metadata.src_node_id in site_of),

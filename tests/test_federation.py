@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from core.exchange import pack
 from core.models import build_classifier, build_pretrainer
 from core.training import pretrain, take_steps
 from server.strategy import RunError
+from simulations.in_process import InProcessGrid
 
 Federate = Callable[..., Path]
 
@@ -154,6 +155,38 @@ def test_one_full_batch_step_of_a_per_scan_loss_equals_the_pooled_step() -> None
     pooled = pack(step(torch.cat([v for v, _ in sites]), torch.cat([y for _, y in sites])))[0]["float64"].numpy()
     assert abs(pooled - pack(initial)[0]["float64"].numpy()).max() > 1e-3
     np.testing.assert_allclose(averaged, pooled, rtol=0, atol=1e-12)
+
+
+def moments_told(folder: Path) -> int:
+    """Bytes of the moments that went to sites."""
+    told: int = json.loads((folder / "traffic.json").read_text())["moments"]["to sites"]
+    return told
+
+
+def test_moments_travel_once_an_exchange_and_a_site_that_lost_them_is_told_again(
+    consortium: Path, federate: Federate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The site that was started anew takes part in the round all the same, and the weights are those of a run without a fault."""
+    options = "num_rounds=3 warmup_rounds=0 debias.warmup_rounds=0 debias.exchange_every=5 debias=fairkl_only finetune=none"
+    one = federate(consortium, *options.split(), "num_rounds=1", name="one")
+    three = federate(consortium, *options.split(), name="three")
+    assert moments_told(three) == moments_told(one) > 0
+    original, rounds = InProcessGrid.send_and_receive, []
+
+    def with_a_restart(self: InProcessGrid, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        messages = list(messages)
+        if len(messages) > 1 and messages[0].metadata.message_type == "train.pretrain":
+            rounds.append(len(messages))
+            if len(rounds) == 2:
+                self.contexts[1].state = RecordDict()
+        return original(self, messages, timeout=timeout)
+
+    monkeypatch.setattr(InProcessGrid, "send_and_receive", with_a_restart)
+    restarted = federate(consortium, *options.split(), name="restarted")
+    assert "had lost what they were told and are asked again" in capsys.readouterr().out
+    assert moments_told(one) < moments_told(restarted) < 2 * moments_told(one)
+    expected = load_file(last(three))
+    assert all(torch.equal(value, expected[name]) for name, value in load_file(last(restarted)).items())
 
 
 def test_a_linear_probe_leaves_the_encoder_without_noise(federate: Federate, consortium: Path) -> None:
