@@ -266,11 +266,15 @@ def train_pretrain(work: Work) -> RecordDict:
     return trained(result, work)
 
 
-def compared(work: Work, data: SiteData) -> torch.Tensor:
-    """Whether scanners are compared by each subject, (N,): healthy, or a patient where the run says so, of known age."""
+def eligible(work: Work, data: SiteData) -> torch.Tensor:
+    """Whether scanners may be compared by each subject, (N,): healthy, or a patient where the run says so."""
     diagnoses = ("control", "patient") if work.config.debias.erase_patients else ("control",)
-    taken_N = torch.tensor([scan.diagnosis in diagnoses for scan in data.scans], dtype=torch.bool)
-    return told_subjects(taken_N & ~data.ages().isnan(), data.scanner_codes(), work.site.moments)
+    return torch.tensor([scan.diagnosis in diagnoses for scan in data.scans], dtype=torch.bool)
+
+
+def compared(work: Work, data: SiteData) -> torch.Tensor:
+    """Whether scanners are compared by each subject, (N,): eligible, of known age, on a scanner that has enough of these."""
+    return told_subjects(eligible(work, data) & ~data.ages().isnan(), data.scanner_codes(), work.site.moments)
 
 
 def input_rows(work: Work) -> tuple[SiteData, torch.Tensor]:
@@ -361,8 +365,7 @@ def scanner_features(work: Work) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
         features_NF = features_of_subjects(work, data)
         reference = unpack_reference(work.received.array_records["reference"], features_NF.shape[1], "server")
         standard_NF = reference.standard(features_NF)
-    diagnoses = ("control", "patient") if debias.erase_patients else ("control",)
-    taken_N = torch.tensor([scan.diagnosis in diagnoses for scan in data.scans], dtype=torch.bool)
+    taken_N = eligible(work, data)
     given_NP = covariates(data.ages(), data.sexes(), data.patients(), age_degree=debias.erase_age_degree)
     return standard_NF.double()[taken_N], given_NP[taken_N], data.scanner_codes()[taken_N]
 

@@ -19,6 +19,7 @@ from core.moments import MomentPolicy, Reference
 
 AGE_CENTRE_YEARS, AGE_UNIT_YEARS = 50.0, 20.0
 FEATURES_A_DIRECTION = 20
+FLOOR_TOLERANCE = 1.1
 
 
 def covariates(age_N: Tensor, sex_N: Tensor, patient_N: Tensor, *, age_degree: int = 1) -> Tensor:
@@ -201,9 +202,6 @@ def nearest_mean_hits(
             left_nS = distance_nS - along_nSK[:, :, :erased].square().sum(dim=2)
             hits[row, erased] = float((left_nS.argmin(dim=1) == first + row).sum())
     return (hits / policy.round_counts_to).round() * policy.round_counts_to
-
-
-FLOOR_TOLERANCE = 1.1
 
 
 def fewest_directions(hits_SK: Tensor, count_S: Tensor, target: float | None = None) -> tuple[int, Tensor]:
