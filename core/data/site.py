@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from core.data.bids import list_sites, read_site
+from core.data.cache import VolumeCache, open_cache
 from core.data.manifest import Manifest, Scan
-from core.data.volumes import VolumeCache, VolumeSettings, open_cache
+from core.data.volumes import VolumeSettings
 
 
 class Store(Protocol):
