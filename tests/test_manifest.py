@@ -1,5 +1,6 @@
 """The manifest's promises: sorted, without contradictions, split by subject, and silent about names."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_scans_are_sorted_by_subject_session_and_file_name() -> None:
         (scan(), "must be listed once, got 2 times"),
         (replace(scan(name="b"), sex="M"), "sex must be the same in all scans"),
         (replace(scan(name="b"), diagnosis="patient"), "diagnosis must be the same in all scans"),
+        (replace(scan(name="b"), split="train"), "split must be the same in all scans"),
         (replace(scan("sub-02"), site="south"), "site must be 'north', got 'south'"),
     ],
 )
@@ -165,3 +167,46 @@ def test_a_fraction_of_zero_gives_an_empty_split() -> None:
     splits = split_by_subject(Manifest("north", scans), fractions=(0.8, 0.0, 0.2))
 
     assert [len(split.scans) for split in splits.values()] == [8, 0, 2]
+
+
+def test_a_split_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"split must be one of .* or None, got 'later'"):
+        replace(scan(), split="later")
+
+
+def with_splits(**numbers: tuple[str | None, int]) -> Manifest:
+    """Subjects of each (split, number), two scans each."""
+    return Manifest(
+        "north",
+        tuple(
+            replace(row, split=split)
+            for letter, (split, number) in numbers.items()
+            for row in scans_of({ord(letter) * 1000 + i: (2, DIAGNOSES[i % 2]) for i in range(number)})
+        ),
+    )
+
+
+def told(splits: dict[str, Manifest]) -> dict[str, dict[str | None, int]]:
+    counts = {name: Counter(row.split for row in part.scans) for name, part in splits.items()}
+    return {name: {split: number // 2 for split, number in found.items()} for name, found in counts.items()}
+
+
+def test_subjects_go_where_their_split_tells() -> None:
+    splits = split_by_subject(with_splits(a=("train", 20), b=("val", 4), c=("test", 6), d=(None, 10)))
+    assert told(splits) == {"train": {None: 6, "train": 20}, "val": {None: 2, "val": 4}, "test": {None: 2, "test": 6}}
+
+
+def test_training_subjects_are_cut_where_none_is_told_val() -> None:
+    manifest = with_splits(a=("train", 16), c=("test", 6))
+    assert told(split_by_subject(manifest)) == {"train": {"train": 12}, "val": {"train": 4}, "test": {"test": 6}}
+    whole = split_by_subject(manifest, fractions=(0.6, 0.0, 0.4))
+    assert told(whole) == {"train": {"train": 16}, "val": {}, "test": {"test": 6}}
+    none = split_by_subject(manifest, fractions=(0.0, 0.0, 1.0))
+    assert told(none) == {"train": {"train": 16}, "val": {}, "test": {"test": 6}}
+
+
+def test_subjects_without_a_split_are_cut_as_if_the_others_were_not_there() -> None:
+    free = with_splits(d=(None, 30))
+    both = Manifest("north", free.scans + with_splits(a=("train", 20), c=("test", 5)).scans)
+    for name, part in split_by_subject(both).items():
+        assert part.select(lambda row: row.split is None) == split_by_subject(free)[name]

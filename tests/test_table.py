@@ -20,6 +20,7 @@ from client.site import holdings, this_site
 from core.checkpoint import load_checkpoint
 from core.config import load_config
 from core.data.manifest import UnusableScansError, check_problem_share
+from core.data.site import SiteData
 from core.data.table import Columns, FeatureRows, TableError, TableSource
 from core.exchange import SiteError
 from core.models import MLP, build_pretrainer, split_constants
@@ -72,7 +73,9 @@ def test_a_plain_table_becomes_manifests_and_features(tmp_path: Path) -> None:
     assert [(s.age_years, s.sex, s.diagnosis) for s in manifest.scans] == [(30.0, "F", "control"), (40.5, "M", "patient")]
     assert manifest.problems == ()
     assert features.names == ("thick", "volume")
-    assert features.read([1, 0, 1]).tolist() == [[2.25, 1100], [2.5, 1000], [2.25, 1100]]
+    rows_BF = torch.empty(3, 2)
+    features.fill(rows_BF, [1, 0, 1])
+    assert rows_BF.tolist() == [[2.25, 1100], [2.5, 1000], [2.25, 1100]]
     assert features.values_NF.dtype == np.float32
 
 
@@ -153,7 +156,9 @@ def test_codes_of_labels_and_of_missing_values(tmp_path: Path) -> None:
     [
         ("age", "", "no_age"),
         ("age", "n/a", "no_age"),
-        ("age", "89+", "bad_age"),
+        ("age", "89+", "capped_age"),
+        ("age", "999", "bad_age"),
+        ("diagnosis", "7", "bad_diagnosis"),
         ("age", "250", "bad_age"),
         ("age", "inf", "bad_age"),
         ("sex", "x", "bad_sex"),
@@ -177,6 +182,20 @@ def test_without_a_diagnosis_all_are_controls_and_the_log_says_so(tmp_path: Path
     assert {scan.diagnosis for scan in manifest.scans} == {"control"}
     assert "no column 'diagnosis': every subject of site any counts as control" in caplog.text
     assert "no column 'age': every subject of site any has no age" in caplog.text
+
+
+def test_a_split_and_a_data_dictionary_beside_the_table_are_read(tmp_path: Path) -> None:
+    rows = [("a", 24, 1, 2, "internal_test", 5), ("b", 36, 2, 1, "training", 6), ("c", 36, 3, 1, "later", 7)]
+    table = write(tmp_path / "t.csv", ("subject", "age", "sex", "dx", "split", "x"), rows)
+    sex, diagnosis = {"1": "male", "2": {"Description": "Female"}}, {"1": "Healthy volunteer", "2": "patient with depression"}
+    told = {"age": {"Units": "month"}, "sex": {"Levels": sex}, "dx": {"Levels": diagnosis}}
+    table.with_suffix(".json").write_text(json.dumps(told))
+    manifest, features = source(table).open("any")
+    assert [(s.age_years, s.sex, s.diagnosis, s.split) for s in manifest.scans] == [
+        (2.0, "M", "patient", "test"), (3.0, "F", "control", "train"), (3.0, None, "control", None)
+    ]  # fmt: skip
+    assert manifest.problem_counts() == {"bad_sex": 1, "bad_split": 1}
+    assert features.names == ("x",)
 
 
 def test_a_scanner_is_read_and_missing_ones_are_counted(tmp_path: Path) -> None:
@@ -228,6 +247,7 @@ SECRET = "DOE_JOHN"
         (f"subject;x;y\n{SECRET};1,5;2\nb;1;2\n", {}, "column x: .* with a decimal point, 1 of 2 cells are not"),
         (f"subject,x\n{SECRET},1e39\nb,1\n", {}, "column x: a feature must be a finite number"),
         (f"subject,x\n{SECRET},inf\nb,1\n", {}, "column x: a feature must be a finite number"),
+        (f"subject,age_at_scan,age_at_visit,x\n{SECRET},1,1,1\n", {}, "one column must be the age, and 2 fit, got age_at_scan"),
         (f"{SECRET},1,1\nb,1,2\n", {}, "one column must be the subject's name, got 3 columns"),
         (f"subject,x,X\n{SECRET},1,2\n", {}, "each column must be named once .* got 'x' twice"),
         (f"subject,x\n{SECRET},text\n", {}, "must have a column of numbers that is a feature, got 1 columns of text"),
@@ -555,9 +575,8 @@ def test_a_policy_that_nobody_meets_is_explained(tmp_path: Path, federate_table:
 
 
 def test_node_configs_of_the_other_kind_are_refused(tmp_path: Path) -> None:
-    images = load_config("data=folder data.root=null")
-    with pytest.raises(SiteError, match="must not hold participants when the run reads images"):
-        this_site({"site": "a", "data-root": str(tmp_path), "participants": "/p.tsv"}, images)
+    with pytest.raises(SiteError, match="must not hold mask when the run reads table"):
+        this_site({"site": "a", "data-root": str(tmp_path), "mask": "/m.nii"}, load_config("experiment=roi data.table=null"))
     with pytest.raises(SiteError, match=r"a simulation must know its data: add data.table=\.\.\. to the overrides"):
         this_site({"partition-id": 0, "num-partitions": 1}, load_config("experiment=roi data.table=null"))
     table = load_config("experiment=roi data.table=/config/table data.participants=/config/people")
@@ -580,5 +599,5 @@ def test_run_says_what_is_wrong_with_a_table_before_anything_starts(tmp_path: Pa
 
 def test_rows_are_copies() -> None:
     rows = FeatureRows(("a",), np.ones((2, 1), np.float32))
-    rows.read([0])[:] = 5
+    SiteData("a", (), (0,), rows).inputs([0], torch.device("cpu"))[:] = 5
     assert rows.values_NF.tolist() == [[1.0], [1.0]]

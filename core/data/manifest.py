@@ -8,23 +8,29 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 MAX_AGE_YEARS = 120.0
-SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
-UNUSABLE_KINDS = frozenset({"no_image", "no_row", "no_features", "wrong_name", "unreadable"})
-"""Kinds of problem that keep a scan out of the manifest; the other kinds leave a scan in it, with a value missing."""
+MAX_UNUSABLE = 0.05
+UNUSABLE_KINDS = frozenset(
+    {"no_image", "no_row", "no_features", "wrong_name", "unreadable", "failed_qc", "two_sites", "duplicate"}
+)
+"""Kinds of problem that lose a scan the site wanted. The others leave a scan in the manifest, with a value missing or doubtful,
+or name an image that was put aside because it is none of those wanted (a slab, a phase image, a second copy)."""
 
 
 @dataclass(frozen=True)
 class Scan:
     """One image file of one session of one subject, or its row in a table (the path is then ``<table>#<subject>``).
 
-    ``session`` is "" where the site has none; ``diagnosis`` is lower case, "control" for healthy subjects.
+    ``session`` is "" where the site has none; ``diagnosis`` is "control", "patient" or None; ``split`` is where a study put
+    the subject for good, None where it is free.
     """
 
     subject: str
@@ -35,12 +41,15 @@ class Scan:
     age_years: float | None
     sex: Literal["F", "M"] | None
     diagnosis: str | None
+    split: Split | None = None
 
     def __post_init__(self) -> None:
         if self.age_years is not None and not 0.0 <= self.age_years <= MAX_AGE_YEARS:
             raise ValueError(f"{self.path}: age_years must be from 0 to {MAX_AGE_YEARS:g}, got {self.age_years!r}.")
         if self.sex not in ("F", "M", None):
             raise ValueError(f"{self.path}: sex must be 'F', 'M' or None, got {self.sex!r}.")
+        if self.split not in (*SPLITS, None):
+            raise ValueError(f"{self.path}: split must be one of {SPLITS} or None, got {self.split!r}.")
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Manifest:
     """The scans of one site, sorted by subject, session and file name, and the problems met on the way.
 
     Raises:
-        ValueError: A scan of another site, a path listed twice, or a subject with two sexes or two diagnoses.
+        ValueError: A scan of another site, a path listed twice, or a subject with two sexes, diagnoses or splits.
     """
 
     site: str
@@ -75,7 +84,7 @@ class Manifest:
             if scan.site != self.site:
                 raise ValueError(f"{scan.path}: site must be {self.site!r}, got {scan.site!r}.")
             known = first.setdefault(scan.subject, scan)
-            for column in ("sex", "diagnosis"):
+            for column in ("sex", "diagnosis", "split"):
                 values = (getattr(known, column), getattr(scan, column))
                 if values[0] != values[1]:
                     raise ValueError(f"{scan.subject}: {column} must be the same in all scans, got {values}; mend the table.")
@@ -102,7 +111,7 @@ class UnusableScansError(ValueError):
     """Too many of a site's scans cannot be used; the text holds counts only and may leave the site."""
 
 
-def check_problem_share(manifest: Manifest, max_share: float = 0.05) -> None:
+def check_problem_share(manifest: Manifest, max_share: float = MAX_UNUSABLE) -> None:
     """Stop when too many of the scans a site lists cannot be used.
 
     A site lists the scans of its manifest and those that a problem of an unusable kind kept out of it. The message
@@ -120,7 +129,7 @@ def check_problem_share(manifest: Manifest, max_share: float = 0.05) -> None:
     raise UnusableScansError(
         f"site {manifest.site!r}: unusable scans must be at most {max_share:.0%} of those listed and leave at least "
         f"one, got {num_unusable} of {num_listed}{by_kind}. See the site's local log for their names, then mend or "
-        "unlist them."
+        "unlist them, or allow more with max-unusable in its node config (data.max_unusable in simulation)."
     )
 
 
@@ -143,18 +152,31 @@ def split_by_subject(
     """
     if min(fractions) < 0.0 or not math.isclose(sum(fractions), 1.0):
         raise ValueError(f"split_by_subject: fractions must be at least 0 and sum to 1, got {fractions}.")
-    strata: dict[str | None, set[str]] = {}
-    for scan in manifest.scans:
-        strata.setdefault(scan.diagnosis, set()).add(scan.subject)
-    split_of: dict[str, str] = {}
-    for diagnosis, subjects in strata.items():
-        ranked = sorted(subjects, key=lambda subject: _digest(split_seed, manifest.site, diagnosis, subject))
-        sizes = _split_sizes(len(ranked), fractions)
-        names = [name for name, size in zip(SPLITS, sizes, strict=True) for _ in range(size)]
-        split_of.update(zip(ranked, names, strict=True))
+    told = {scan.subject: scan.split for scan in manifest.scans}
+    free = [scan for scan in manifest.scans if scan.split is None]
+    split_of: dict[str, str] = {subject: split for subject, split in told.items() if split is not None}
+    split_of |= _cut(free, manifest.site, split_seed, fractions)
+    if "val" not in told.values() and fractions[0] + fractions[1] > 0.0:
+        in_train = [scan for scan in manifest.scans if scan.split == "train"]
+        share = fractions[0] / (fractions[0] + fractions[1])
+        split_of |= _cut(in_train, manifest.site, split_seed, (share, 1.0 - share, 0.0))
     return {
         name: Manifest(manifest.site, tuple(scan for scan in manifest.scans if split_of[scan.subject] == name)) for name in SPLITS
     }
+
+
+def _cut(scans: Iterable[Scan], site: str, split_seed: int, fractions: tuple[float, float, float]) -> dict[str, str]:
+    """The split of each subject of some scans."""
+    strata: dict[str | None, set[str]] = {}
+    for scan in scans:
+        strata.setdefault(scan.diagnosis, set()).add(scan.subject)
+    split_of: dict[str, str] = {}
+    for diagnosis, subjects in strata.items():
+        ranked = sorted(subjects, key=lambda subject: _digest(split_seed, site, diagnosis, subject))
+        sizes = _split_sizes(len(ranked), fractions)
+        names = [name for name, size in zip(SPLITS, sizes, strict=True) for _ in range(size)]
+        split_of.update(zip(ranked, names, strict=True))
+    return split_of
 
 
 def _digest(*parts: int | str | None) -> bytes:

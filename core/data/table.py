@@ -1,99 +1,53 @@
 """Reader of a table of regional features (thickness, volumes): one row a subject, many sites or one.
 
 Ages, sexes, sites and diagnoses stand in the same table or in a second one that is joined on the subject. Which columns
-hold them is found as in ``bids`` or told by `Columns`; the features are all other columns of numbers, sorted by name.
+hold them is found or told as `labels` says; the features are all other columns of numbers, sorted by name.
 
 `TableError` names columns only and may leave the site; the rows it is about are in the site's own log.
 """
 
-import csv
 import difflib
 import hashlib
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from torch import Tensor
 
-from core.data.bids import AGE_COLUMNS, DIAGNOSIS_COLUMNS, MISSING, SEX_COLUMNS, SEXES
-from core.data.manifest import MAX_AGE_YEARS, SITE_NAME, Manifest, Problem, Scan
-
-# The first of these that a table has is used, unless `Columns` names another; names are compared in lower case.
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "subject": ("participant_id", "subject", "subject_id"),
-    "age": AGE_COLUMNS,
-    "sex": SEX_COLUMNS,
-    "site": ("site",),
-    "diagnosis": DIAGNOSIS_COLUMNS,
-    "scanner": ("scanner",),
-}
-DELIMITERS = ",;\t"
+from core.data.labels import (
+    ROLES,
+    USUAL_NAMES,
+    LabelError,
+    Labels,
+    Meanings,
+    TextTable,
+    check_names,
+    find_column,
+    is_label,
+    matches,
+    number_of,
+    read_rows,
+    read_sidecar,
+    read_text,
+    stamp,
+)
+from core.data.labels import Columns as Columns
+from core.data.manifest import SITE_NAME, Manifest, Problem, Scan
 
 _logger = logging.getLogger("isocenter")
-
-Code = Annotated[str, Field(coerce_numbers_to_str=True)]
 
 
 class TableError(ValueError):
     """A table that cannot be understood; the text names columns and counts, no subject and no cell, and may leave the site."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Where a table holds what, and how it writes it; None: found by its usual names.
-
-    Attributes:
-        subject: column of the subject's name, unique in the table.
-        age: column of the age in years.
-        sex: column of the sex.
-        site: column of the site; a table without one is one site.
-        diagnosis: column of the diagnosis; in a table without one all are controls.
-        scanner: column of the scanner; without one it is the site.
-        site_pattern: regular expression that a cell of ``site`` must match whole; its one group is the site's name.
-        controls: codes of the diagnosis beside "control".
-        patients: codes of the diagnosis beside "patient".
-        females: codes of the sex beside "f" and "female".
-        males: codes of the sex beside "m" and "male".
-        missing: codes of a missing value beside the empty cell, "n/a", "na", "nan" and "-".
-        features: patterns with * and ? of the features' columns; None: every other column of numbers.
-        ignore: patterns of columns that are not read.
-    """
-
-    subject: str | None = None
-    age: str | None = None
-    sex: str | None = None
-    site: str | None = None
-    diagnosis: str | None = None
-    scanner: str | None = None
-    site_pattern: str | None = None
-    controls: tuple[Code, ...] = ()
-    patients: tuple[Code, ...] = ()
-    females: tuple[Code, ...] = ()
-    males: tuple[Code, ...] = ()
-    missing: tuple[Code, ...] = ()
-    features: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.site_pattern is not None:
-            try:
-                groups = re.compile(self.site_pattern).groups
-            except re.error as error:
-                raise ValueError(f"site_pattern must be a regular expression, got {self.site_pattern!r}: {error}") from None
-            if groups != 1:
-                raise ValueError(f"site_pattern must have one group, the site's name, got {self.site_pattern!r} with {groups}")
-        for first, second in (("controls", "patients"), ("females", "males")):
-            if both := set(map(_code, getattr(self, first))) & set(map(_code, getattr(self, second))):
-                raise ValueError(f"{first} and {second} must have no code in common, got {min(both)!r} in both")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +68,28 @@ class FeatureRows:
         return len(self.names)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """One number a feature."""
+        return (len(self.names),)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Single precision."""
+        return torch.float32
+
+    @property
+    def unit(self) -> float:
+        """Features are numbers as they stand."""
+        return 1.0
+
+    @property
     def signature(self) -> str:
         """SHA-256 of the names in their order: equal at sites whose rows mean the same."""
         return hashlib.sha256(json.dumps(self.names).encode()).hexdigest()
 
-    def read(self, indices: Sequence[int]) -> NDArray[np.float32]:
-        """Rows (B, F), a copy."""
-        return self.values_NF[list(indices)]
+    def fill(self, target: Tensor, indices: Sequence[int]) -> None:
+        """Copy rows to (B, F)."""
+        target.copy_(torch.from_numpy(self.values_NF[list(indices)]))
 
 
 @dataclass(frozen=True)
@@ -164,16 +133,17 @@ class TableSource:
         for key, file in files.items():
             if not file.is_file():
                 raise _refusal(f"data.{key}", "it must be an existing file", f"Name it with data.{key}=<file>", str(file))
-        return _read(self, tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files.values()))
+        return _read(self, tuple(map(stamp, files.values())))
 
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """One file: its columns in lower case, and a row of cells a subject."""
+    """One file, and its rows and their numbers by subject."""
 
     key: str
-    names: tuple[str, ...]
+    text: TextTable
     rows: Mapping[str, Mapping[str, str]]
+    numbers: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +153,7 @@ class _Table:
     source: TableSource
     files: tuple[_File, ...]
     roles: Mapping[str, tuple[_File, str]]
+    labels: Mapping[str, Labels]
     site_of: Mapping[str, str]
     features: FeatureRows
 
@@ -217,47 +188,16 @@ class _Table:
                 if missing:
                     what = f"{missing} of {self.features.num_inputs} features are missing; their means stand in"
                     problems.append(Problem("missing_features", place, what))
-                labels = {role: file.rows[subject][column] for role, (file, column) in self.roles.items()}
-                scans.append(_scan(subject, site, Path(place), labels, self.source.columns, problems))
+                found = self.labels[subject]
+                problems += [Problem(flaw.kind, place, flaw.what) for flaw in found.flaws]
+                age_years = found.age and found.age.years
+                scanner = found.scanner or site
+                scans.append(Scan(subject, "", site, scanner, Path(place), age_years, found.sex, found.diagnosis, found.split))
         for problem in problems:
             _logger.warning("site %s: %s: %s: %s.", site, problem.kind, problem.where, problem.what)
         manifest = Manifest(site, tuple(scans), tuple(problems))
         rows = [row_of[scan.subject] for scan in manifest.scans]
         return manifest, FeatureRows(self.features.names, self.features.values_NF[rows])
-
-
-def _scan(subject: str, site: str, path: Path, labels: Mapping[str, str], columns: Columns, problems: list[Problem]) -> Scan:
-    """A row's labels as a scan; "" is a missing one, and a role that ``labels`` lacks has no column."""
-
-    def note(kind: str, what: str) -> None:
-        problems.append(Problem(kind, str(path), what))
-
-    age_text = labels.get("age", "")
-    age_years = _number(age_text)
-    if not age_text:
-        note("no_age", "the table has no age")
-    elif age_years is None or not 0.0 <= age_years <= MAX_AGE_YEARS:
-        note("bad_age", f"age must be a number of years from 0 to {MAX_AGE_YEARS:g}, got {age_text!r}")
-        age_years = None
-
-    sex_text = labels.get("sex", "")
-    sexes = {**SEXES, **dict.fromkeys(map(_code, columns.females), "F"), **dict.fromkeys(map(_code, columns.males), "M")}
-    sex = sexes.get(_code(sex_text))
-    if sex_text and sex is None:
-        note("bad_sex", f"sex must be F, M, female, male or a code that data.columns tells, got {sex_text!r}")
-
-    diagnosis: str | None = "control"
-    if "diagnosis" in labels:
-        words = dict.fromkeys(columns.controls, "control") | dict.fromkeys(columns.patients, "patient")
-        known = {_code(code): word for code, word in words.items()}
-        diagnosis = known.get(_code(labels["diagnosis"]), labels["diagnosis"].lower()) or None
-        if diagnosis is None:
-            note("no_diagnosis", "the table has no diagnosis")
-
-    scanner = labels.get("scanner", site)
-    if not scanner:
-        note("no_scanner", "the table has no scanner; the site's name is used")
-    return Scan(subject, "", site, scanner or site, path, age_years, sex, diagnosis)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4)
@@ -267,55 +207,71 @@ def _read(source: TableSource, _: object) -> _Table:
     if source.participants is not None:
         files.append(_read_file("participants", source.participants, source.columns))
     roles = {}
-    for role, usual in COLUMNS.items():
-        told = getattr(source.columns, role)
-        wanted = (told.strip().lower(),) if told else usual
-        found = [(file, name) for file in reversed(files) for name in wanted if name in file.names]
+    for role in ROLES:
+        told = source.columns.told(role)
+        found = [(file, name) for file in reversed(files) if (name := _column(file, role, source.columns, told)) is not None]
         if told and not found:
-            known = [name for file in files for name in file.names]
-            near = ", ".join(difflib.get_close_matches(wanted[0], known, n=3)) or "none"
+            known = [name for file in files for name in file.text.names]
+            near = ", ".join(difflib.get_close_matches(told, known, n=3)) or "none"
             remedy = "" if source.participants else "; if another table holds it, name that with data.participants=<file>"
             raise TableError(f"data.columns.{role}: it must be a column of the table, got {told!r}; nearest: {near}{remedy}.")
-        if found and role != "subject":
+        if found and role not in ("subject", "session"):
             roles[role] = found[0]
     site_of = _sites(*roles["site"], source.columns) if "site" in roles else {}
-    return _Table(source, tuple(files), roles, site_of, _features(files[0], source.columns))
+    return _Table(
+        source, tuple(files), roles, _labels(files, roles, source.columns), site_of, _features(files[0], source.columns)
+    )
+
+
+def _labels(files: Sequence[_File], roles: Mapping[str, tuple[_File, str]], columns: Columns) -> dict[str, Labels]:
+    """The labels of the subjects that every file has."""
+    sidecar: dict[str, Any] = {}
+    for file in files:
+        told, fault = read_sidecar(file.text.path.with_suffix(".json"))
+        if fault is not None:
+            _logger.warning("%s: %s: %s.", fault.kind, fault.where, fault.what)
+        sidecar |= told
+    subjects = [subject for subject in files[0].rows if all(subject in file.rows for file in files)]
+    cells = {role: (name, [file.rows[subject][name] for subject in subjects]) for role, (file, name) in roles.items()}
+    rows = [{role: texts[i] for role, (_, texts) in cells.items()} for i in range(len(subjects))]
+    rows = [{**row, "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
+    numbers = [files[0].numbers[subject] for subject in subjects]
+    labels = read_rows(rows, numbers, Meanings.of(cells, sidecar, columns), str(files[0].text.path))
+    return dict(zip(subjects, labels, strict=True))
+
+
+def _column(file: _File, role: str, columns: Columns, told: str | None) -> str | None:
+    """The column of a role in one of the files; one that is told may stand in the other."""
+    if told is not None:
+        return told if told in file.text.names else None
+    try:
+        return find_column(file.text, role, columns)
+    except LabelError as error:
+        raise TableError(f"data.{file.key}: {error.what}, got {error.got}. {error.remedy}.") from None
 
 
 def _read_file(key: str, path: Path, columns: Columns) -> _File:
     where = f"data.{key}"
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            first = file.readline()
-            delimiter = max(DELIMITERS, key=first.count)
-            file.seek(0)
-            lines = [line for line in csv.reader(file, delimiter=delimiter, strict=True) if any(map(str.strip, line))]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise _refusal(
-            where, "it must be UTF-8 text, separated by comma, semicolon or tab", "Save it as such", str(error)
-        ) from None
-    header = [name.strip().lower() for name in lines[0]] if lines else []
-    # A nameless column is the row number that some programs write, or what follows a last separator.
-    kept = [i for i, name in enumerate(header) if name and not _matches(name, columns.ignore)]
-    names = tuple(header[i] for i in kept)
-    told = columns.subject.strip().lower() if columns.subject else ""
-    subject_column = next((name for name in (told, *COLUMNS["subject"]) if name in names), None)
+        text = read_text(path, columns)
+    except LabelError as error:
+        raise _refusal(where, error.what, error.remedy, error.got) from None
+    told = columns.told("subject")
+    subject_column = (
+        told if told in text.names else _column(_File(key, text, {}, {}), "subject", replace(columns, subject=None), None)
+    )
     if subject_column is None:
         raise TableError(
-            f"{where}: one column must be the subject's name, got {len(names)} columns and none of "
-            f"{', '.join(COLUMNS['subject'])}. Name it with data.columns.subject=..."
+            f"{where}: one column must be the subject's name, got {len(text.names)} columns and none of "
+            f"{', '.join(USUAL_NAMES['subject'])}. Name it with data.columns.subject=..."
         )
-    if double := [name for name in names if names.count(name) > 1]:
-        raise TableError(
-            f"{where}: each column must be named once (in lower case), got {double[0]!r} twice. Rename or ignore one."
-        )
-    missing = {_code(code) for code in columns.missing} | MISSING
-    rows: dict[str, dict[str, str]] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        if len(line) != len(header):
-            raise _refusal(where, f"every row must have {len(header)} cells", "Mend it", f"{len(line)} in row {number}")
-        cells = [line[i].strip() for i in kept]
-        row = {name: "" if _code(cell) in missing else cell for name, cell in zip(names, cells, strict=True)}
+    try:
+        check_names(text)
+    except LabelError as error:
+        raise TableError(f"{where}: {error.what}. {error.remedy}.") from None
+    rows: dict[str, Mapping[str, str]] = {}
+    numbers: dict[str, int] = {}
+    for number, row in text.rows.items():
         if not row[subject_column]:
             raise _refusal(
                 f"{where}: column {subject_column}", "it must be filled in every row", "Fill it", f"none in row {number}"
@@ -324,7 +280,8 @@ def _read_file(key: str, path: Path, columns: Columns) -> _File:
         if subject in rows:
             raise _refusal(f"{where}: column {subject_column}", "a subject must have one row", "Leave one", f"{subject} again")
         rows[subject] = row
-    return _File(key, names, rows)
+        numbers[subject] = number
+    return _File(key, text, rows, numbers)
 
 
 def _sites(file: _File, column: str, columns: Columns) -> dict[str, str]:
@@ -346,19 +303,18 @@ def _sites(file: _File, column: str, columns: Columns) -> dict[str, str]:
 
 def _features(table: _File, columns: Columns) -> FeatureRows:
     """The columns of numbers, sorted by name so that their order in the file does not matter."""
-    told = {getattr(columns, role) for role in COLUMNS} - {None}
     # An age that stands in both files must not become a feature in one of them.
-    labels = {name.strip().lower() for name in told} | {name for usual in COLUMNS.values() for name in usual}
-    candidates = sorted(name for name in table.names if name not in labels)
+    told = {columns.told(role) for role in ROLES}
+    candidates = sorted(name for name in table.text.names if name not in told and not is_label(name))
     if columns.features is not None:
         for pattern in columns.features:
-            if not any(_matches(name, (pattern,)) for name in candidates):
+            if not any(matches(name, (pattern,)) for name in candidates):
                 raise TableError(f"data.columns.features: each pattern must match a column of the table, got {pattern!r}.")
-        candidates = [name for name in candidates if _matches(name, columns.features)]
+        candidates = [name for name in candidates if matches(name, columns.features)]
     names, values, texts = [], [], []
     for name in candidates:
         cells = [row[name] for row in table.rows.values()]
-        numbers = [_number(cell) if cell else math.nan for cell in cells]
+        numbers = [number_of(cell) if cell else math.nan for cell in cells]
         unread = numbers.count(None)
         if unread and columns.features is None and unread == len(cells) - cells.count(""):
             texts.append(name)
@@ -380,22 +336,3 @@ def _refusal(where: str, what: str, remedy: str, got: str) -> TableError:
     """An error that may leave the site, after what is at fault was logged for the site's own eyes."""
     _logger.error("%s: %s, got %s.", where, what, got)
     return TableError(f"{where}: {what}. {remedy}; the site's local log tells more.")
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern.lower()) for pattern in patterns)
-
-
-def _code(text: str) -> str:
-    """A code as it is compared: in lower case, a number by its value (1 and 1.0 are one code)."""
-    number = _number(text)
-    return text.strip().lower() if number is None else repr(number)
-
-
-def _number(text: str) -> float | None:
-    """A finite number that float32 holds."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if abs(number) <= float(np.finfo(np.float32).max) else None
