@@ -24,10 +24,12 @@ from typing import Any, Literal
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import gaussian_filter
+import torch
 from scipy.spatial.transform import Rotation
 
-FORMAT_VERSION = 1
+from core.data.augment import DrawnBiasField, DrawnBlur, DrawnGamma, magnitude, unit_log_field
+
+FORMAT_VERSION = 2
 FIELD_OF_VIEW_MM = (184.0, 216.0, 176.0)
 WHITE_MATTER_STORED = 500.0  # stored intensity of white matter at gain 1
 SECOND_SESSION_YEARS = (0.8, 1.6)
@@ -544,9 +546,25 @@ def _triple(values: npt.NDArray[np.float64]) -> Triple:
     return x, y, z
 
 
+# One image for the pieces of augmentation: in double precision, so that threads and processors round to the same floats.
+_ONE = torch.ones(1, dtype=torch.bool)
+
+
+def _image(volume: Float32) -> torch.Tensor:
+    return torch.from_numpy(volume.astype(np.float64))[None, None]
+
+
+def _volume(image: torch.Tensor) -> Float32:
+    volume: Float32 = image[0, 0].numpy().astype(np.float32)
+    return volume
+
+
 def contrast_curve(volume: Float32, gamma: float) -> Float32:
     """Raises intensities relative to white matter to `gamma`."""
-    return volume if gamma == 1 else volume**gamma
+    if gamma == 1:
+        return volume
+    drawn = DrawnGamma(_ONE, torch.tensor([gamma]).double(), torch.tensor([[AIR, WHITE]]))
+    return _volume(drawn.apply(_image(volume), reuse=True))
 
 
 def blur(volume: Float32, fwhm_mm: float, voxel_size_mm: Triple) -> Float32:
@@ -554,8 +572,8 @@ def blur(volume: Float32, fwhm_mm: float, voxel_size_mm: Triple) -> Float32:
     if fwhm_mm == 0:
         return volume
     sd_mm = fwhm_mm / math.sqrt(8 * math.log(2))
-    blurred: Float32 = gaussian_filter(volume, [sd_mm / size for size in voxel_size_mm], truncate=3)
-    return blurred
+    drawn = DrawnBlur(_ONE, sd_mm / torch.tensor([voxel_size_mm], dtype=torch.float64))
+    return _volume(drawn.apply(_image(volume), reuse=True))
 
 
 def bias_field(
@@ -574,22 +592,24 @@ def bias_field(
         (X, Y, Z) float32, positive, geometric mean 1.
     """
     weights = np.random.default_rng(coil).normal(size=9) + rng.normal(0, 0.25, 9)
-    x, y, z = np.ix_(*(_axis_mm(n, size) for n, size in zip(shape, voxel_size_mm, strict=True)))
-    log_field = np.zeros(shape, np.float32)
-    for weight, term in zip(weights, (x, y, z, x * x, y * y, z * z, x * y, y * z, x * z), strict=True):
-        log_field += (weight * term).astype(np.float32)
-    log_field -= log_field.mean()
-    field: Float32 = np.exp(strength / log_field.std() * log_field)
-    return field
+    x, y, z = ((n - 1) / 2 * size for n, size in zip(shape, voxel_size_mm, strict=True))
+    # In Legendre polynomials from one end of the field of view to the other: t^2 is 2/3 of the second, and a constant.
+    coefficients = torch.zeros(1, 3, 3, 3, dtype=torch.float64)
+    coefficients[0, [1, 0, 0], [0, 1, 0], [0, 0, 1]] = torch.from_numpy(weights[:3] * (x, y, z))
+    coefficients[0, [2, 0, 0], [0, 2, 0], [0, 0, 2]] = torch.from_numpy(weights[3:6] * np.square((x, y, z)) * (2 / 3))
+    coefficients[0, [1, 0, 1], [1, 1, 0], [0, 1, 1]] = torch.from_numpy(weights[6:] * (x * y, y * z, x * z))
+    drawn = DrawnBiasField(_ONE, strength * unit_log_field(coefficients, shape))
+    return _volume(drawn.field(shape, coefficients))
 
 
 def rician_noise(volume: Float32, sd: float, rng: np.random.Generator) -> Float32:
     """Magnitude of the signal after Gaussian noise in both channels."""
     if sd == 0:
         return volume
-    real, imaginary = sd * rng.standard_normal((2, *volume.shape), dtype=np.float32)
-    magnitude: Float32 = np.sqrt(np.square(volume + real) + np.square(imaginary))
-    return magnitude
+    real, imaginary = (
+        torch.from_numpy(noise).double() for noise in sd * rng.standard_normal((2, *volume.shape), dtype=np.float32)
+    )
+    return _volume(magnitude(real + _image(volume), imaginary[None, None]))
 
 
 def degrade(volume: Float32, scanner: Scanner, rng: np.random.Generator) -> Float32:

@@ -1,12 +1,20 @@
 """Views: replayable, each knob alone does what it says, and nothing at 0."""
 
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from core.data.views import DrawnViews, RowViewPolicy, ViewPolicy
 
-OFF = {"flip_probability": 0.0, "rotation_degrees": 0.0, "translation_voxels": 0.0, "scale_range": 0.0,
-       "cutout_fraction": 0.0, "noise_sd": 0.0}  # fmt: skip
+KNOBS = [field.name for field in fields(ViewPolicy) if field.name not in ("kind", "cutout_boxes", "artefact_chance")]
+OFF = dict.fromkeys(KNOBS, 0.0)
+POLICIES = sorted(path for path in (Path(__file__).parents[1] / "configs/views").glob("*.yaml") if path.stem != "table")
 SHAPE = (10, 12, 8)
 UNIT = torch.ones(1)
 
@@ -73,7 +81,7 @@ def test_cutout_blanks_one_box_of_the_given_size() -> None:
 def test_noise_has_the_drawn_size() -> None:
     drawn = drawn_view(noise_sd=0.2)
     noise = (drawn.apply(volumes(), UNIT) - volumes()).flatten(1)
-    assert noise.std(dim=1) == pytest.approx(drawn.noise_sd_B.numpy(), rel=0.1)
+    assert noise.std(dim=1) == pytest.approx(drawn.pieces[0].sd_B.numpy(), rel=0.1)
 
 
 def test_rotation_keeps_a_ball_and_turns_a_bar() -> None:
@@ -95,8 +103,117 @@ def test_rotation_on_an_uneven_grid_is_a_rotation_of_millimetres() -> None:
 def test_equal_views_and_bad_knobs_are_refused() -> None:
     with pytest.raises(ValueError, match="two equal views teach nothing"):
         ViewPolicy(**OFF)
+    with pytest.raises(ValueError, match="two equal views teach nothing"):
+        ViewPolicy(**OFF | {"blur_sd_voxels": 1.0}, artefact_chance=0.0)
+    with pytest.raises(ValueError, match="two equal views teach nothing"):
+        ViewPolicy(**OFF | {"cutout_fraction": 0.3}, cutout_boxes=0)
+    with pytest.raises(ValueError, match=r"views: artefact_chance must be between 0 and 1, got 2"):
+        ViewPolicy(artefact_chance=2)
     with pytest.raises(ValueError, match=r"cutout_fraction must be between 0 and 0\.9, got 2"):
         ViewPolicy(cutout_fraction=2)
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+@pytest.mark.parametrize("shape", [(8, 1, *SHAPE), (8, 3, 12, 10)])
+def test_each_knob_alone_makes_two_views_of_a_volume_and_of_an_image(knob: str, shape: tuple[int, ...]) -> None:
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    source, generator = images.clone(), torch.Generator().manual_seed(1)
+    policy = ViewPolicy(**OFF | {knob: 3.0 if knob.endswith("voxels") else 0.45})
+    first, second = (policy.draw(shape, generator).apply(images, UNIT) for _ in range(2))
+    assert first.shape == second.shape == shape
+    assert first.dtype == torch.float32
+    assert not torch.equal(first, second)
+    assert torch.equal(images, source)
+
+
+def test_a_view_that_nothing_befalls_is_a_copy() -> None:
+    source = volumes()
+    viewed = drawn_view(blur_sd_voxels=1.0, artefact_chance=1e-9).apply(source, UNIT)
+    assert torch.equal(viewed, source)
+    viewed.zero_()
+    assert torch.equal(source, volumes())
+
+
+def test_artefacts_befall_a_share_of_the_views() -> None:
+    policy = ViewPolicy(**OFF | {"blur_sd_voxels": 2.0, "jitter": 0.5}, artefact_chance=0.25)
+    images = torch.rand(400, 1, 6, 5)
+    viewed = policy.draw(images.shape, torch.Generator().manual_seed(0)).apply(images, UNIT)
+    untouched = (viewed == images).flatten(1).all(dim=1).float().mean()
+    assert float(untouched) == pytest.approx(0.75**2, abs=0.08)
+
+
+def test_flip_of_the_other_axes() -> None:
+    assert torch.equal(view(flip_other_probability=1.0), volumes().flip(3, 4))
+
+
+def test_cutout_of_several_boxes() -> None:
+    blank = [(view(1, cutout_fraction=0.3, cutout_boxes=boxes) == 0).float().mean() for boxes in (1, 6)]
+    assert blank[1] > 2 * blank[0] > 0
+
+
+def test_poses_are_one_interpolation() -> None:
+    pose = {"flip_probability": 0.5, "rotation_degrees": 5.0, "translation_voxels": 2.0, "scale_range": 0.1, "crop_fraction": 0.2}
+    assert len(drawn_view(**pose).pieces) == 1
+
+
+def test_noise_is_in_units_of_the_scale() -> None:
+    drawn = drawn_view(noise_sd=0.2)
+    once, thrice = (drawn.apply(volumes(), torch.tensor([scale])) - volumes() for scale in (1.0, 3.0))
+    torch.testing.assert_close(thrice, 3 * once, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", POLICIES, ids=lambda path: path.stem)
+class TestPolicyOfTheConfigs:
+    def policy(self, path: Path) -> ViewPolicy:
+        return ViewPolicy(**yaml.safe_load(path.read_text()))
+
+    def test_names_every_knob_so_that_each_can_be_overridden(self, path: Path) -> None:
+        assert set(yaml.safe_load(path.read_text())) == {field.name for field in fields(ViewPolicy)}
+
+    @pytest.mark.parametrize("shape", [(4, 1, *SHAPE), (4, 3, 14, 12)])
+    def test_is_replayable_and_finite(self, path: Path, shape: tuple[int, ...]) -> None:
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        first, again = (self.policy(path).draw(shape, torch.Generator().manual_seed(7)).apply(images, UNIT) for _ in range(2))
+        assert torch.equal(first, again)
+        assert first.isfinite().all()
+        assert not torch.equal(first, self.policy(path).draw(shape, torch.Generator().manual_seed(8)).apply(images, UNIT))
+
+    def test_does_to_a_batch_what_it_does_one_by_one(self, path: Path) -> None:
+        drawn = self.policy(path).draw((3, 1, *SHAPE), torch.Generator().manual_seed(2))
+        alone = [
+            DrawnViews(tuple(piece[torch.tensor([row])] for piece in drawn.pieces)).apply(volumes()[row : row + 1], UNIT)
+            for row in range(3)
+        ]
+        torch.testing.assert_close(drawn.apply(volumes(), UNIT), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    def test_is_the_same_on_another_device(self, path: Path) -> None:
+        drawn = self.policy(path).draw((3, 1, *SHAPE), torch.Generator().manual_seed(2))
+        there = drawn.apply(volumes().cuda(), UNIT.cuda()).cpu()
+        torch.testing.assert_close(there, drawn.apply(volumes(), UNIT), rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    knobs=st.dictionaries(st.sampled_from(KNOBS), st.floats(1e-3, 1.0), min_size=1),
+    boxes=st.integers(1, 8),
+    chance=st.floats(0.1, 1.0),
+    shape=st.lists(st.integers(1, 9), min_size=4, max_size=5),
+)
+def test_any_policy_gives_finite_views_of_the_same_shape(
+    knobs: dict[str, float], boxes: int, chance: float, shape: list[int]
+) -> None:
+    # Shares of the largest value that each knob takes.
+    largest: dict[str, Any] = {**dict.fromkeys(KNOBS, 1.0), "scale_range": 0.5, "crop_fraction": 0.9, "cutout_fraction": 0.9}
+    largest |= {"rotation_degrees": 180.0, "motion_degrees": 45.0, "translation_voxels": 8.0, "motion_voxels": 8.0, "jitter": 0.9}
+    largest |= {"gamma_range": 4.0, "bias_field_strength": 2.0, "resolution_range": 8.0, "blur_sd_voxels": 8.0}
+    scaled = {name: share * largest[name] for name, share in knobs.items()}
+    policy = ViewPolicy(**OFF | scaled, cutout_boxes=boxes, artefact_chance=chance)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    viewed = policy.draw(shape, torch.Generator().manual_seed(1)).apply(images, UNIT)
+    assert viewed.isfinite().all()
+    assert (viewed.shape, viewed.dtype) == (images.shape, torch.float32)
 
 
 ROWS = torch.arange(40.0).reshape(4, 10)

@@ -1,72 +1,119 @@
 """Augmented views: drawn once from a seed, applied to a whole batch on the device, replayable.
 
-A policy says how far two views may differ: `ViewPolicy` of volumes, `RowViewPolicy` of rows of features. Its ``draw`` gives the
+A policy says how far two views may differ: `ViewPolicy` of images, `RowViewPolicy` of rows of features. Its ``draw`` gives the
 random part of one view, whose ``apply`` makes the view.
 
-Shape legend: B scans; volumes have 1 channel, X, Y, Z voxels (right-left is the X axis); rows have F features.
+Shape legend: B scans; images have C channels and a grid G (X, Y, Z or X, Y; right-left is the X axis); rows have F features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import reduce
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from core.data.augment import (
+    Affine,
+    BiasField,
+    Blur,
+    Crop,
+    Cutout,
+    Drawn,
+    DrawnNoise,
+    DrawnWarp,
+    Flip,
+    Gamma,
+    Ghosting,
+    Jitter,
+    Motion,
+    Noise,
+    Piece,
+    Resolution,
+    RicianNoise,
+    check_limits,
+)
+
+D = TypeVar("D", bound=Drawn)
+# In the order in which they are applied: pose, tissue, coil, k-space, noise, and last what no scanner does.
+_WARPS: tuple[type[Piece[DrawnWarp]], ...] = (Flip, Affine, Crop)
+_ARTEFACTS: tuple[type[Piece[Drawn]], ...] = (Gamma, BiasField, Motion, Ghosting, Resolution, Blur, RicianNoise, Jitter)
+_ALWAYS: tuple[type[Piece[Drawn]], ...] = (Noise, Cutout)
+_LIMITS = {name: limit for kind in (*_WARPS, *_ARTEFACTS, *_ALWAYS) for name, limit in kind.limits.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewPolicy:
-    """How far two views of a scan may differ; every knob at 0 leaves the volume as it is.
+    """How far two views of an image, a volume or 2-D, may differ; every knob at 0 leaves the image as it is.
+
+    The knobs are those of the pieces of `core.data.augment`, which say more. Rotations are the slowest step.
 
     Attributes:
-        flip_probability: chance of mirroring left and right.
-        rotation_degrees: largest rotation about each axis; this and ``scale_range`` need an interpolation, the slowest step.
+        flip_probability: chance of mirroring left and right (the X axis).
+        flip_other_probability: chance of mirroring each other axis.
+        rotation_degrees: largest rotation about each axis.
         translation_voxels: largest shift along each axis, rounded to whole voxels.
         scale_range: largest relative change of size.
-        cutout_fraction: edge of the box that is blanked, as a fraction of each axis.
-        noise_sd: largest standard deviation of added Gaussian noise, in units of the normalised volume.
+        crop_fraction: largest share of each axis that a crop leaves out before it is enlarged to the grid.
+        gamma_range: the power of the contrast curve lies between 1 / (1 + this) and 1 + this.
+        bias_field_strength: largest standard deviation of the logarithm of the coil's sensitivity.
+        motion_degrees: largest rotation of a head that moves during the scan.
+        motion_voxels: largest shift of a head that moves during the scan, rounded to whole voxels.
+        ghost_strength: largest share that is lost of each line of k-space that makes ghosts.
+        resolution_range: how many voxels thicker than one slices become at most, along one axis.
+        blur_sd_voxels: largest standard deviation of Gaussian smoothing along each axis.
+        rician_sd: largest standard deviation of Rician noise, in units of the normalised image.
+        jitter: largest relative change of brightness and of contrast.
+        noise_sd: largest standard deviation of added Gaussian noise, in units of the normalised image.
+        cutout_fraction: edge of a box that is blanked, as a fraction of each axis.
+        cutout_boxes: how many boxes.
+        artefact_chance: share of the views that each of the knobs from ``gamma_range`` to ``jitter`` changes.
     """
 
     kind: Literal["images"] = "images"
     flip_probability: float = 0.5
+    flip_other_probability: float = 0.0
     rotation_degrees: float = 8.0
     translation_voxels: float = 2.0
     scale_range: float = 0.05
-    cutout_fraction: float = 0.25
+    crop_fraction: float = 0.0
+    gamma_range: float = 0.0
+    bias_field_strength: float = 0.0
+    motion_degrees: float = 0.0
+    motion_voxels: float = 0.0
+    ghost_strength: float = 0.0
+    resolution_range: float = 0.0
+    blur_sd_voxels: float = 0.0
+    rician_sd: float = 0.0
+    jitter: float = 0.0
     noise_sd: float = 0.05
+    cutout_fraction: float = 0.25
+    cutout_boxes: int = 1
+    artefact_chance: float = 1.0
 
     def __post_init__(self) -> None:
-        limits = {
-            "flip_probability": 1.0,
-            "rotation_degrees": 180.0,
-            "translation_voxels": 8.0,
-            "scale_range": 0.5,
-            "cutout_fraction": 0.9,
-            "noise_sd": 10.0,
-        }
-        _check_knobs(self, limits)
+        check_limits("views", self, {**_LIMITS, "artefact_chance": 1.0})
+        _check_any([*self._warps, *self._others])
+
+    @property
+    def _warps(self) -> list[Piece[DrawnWarp]]:
+        return self._on(_WARPS, 1.0)
+
+    @property
+    def _others(self) -> list[Piece[Drawn]]:
+        return self._on(_ARTEFACTS, self.artefact_chance) + self._on(_ALWAYS, 1.0)
+
+    def _on(self, kinds: Iterable[type[Piece[D]]], chance: float) -> list[Piece[D]]:
+        """The pieces of these kinds with the policy's knobs, where these do anything."""
+        pieces = [kind(chance=chance, **{name: getattr(self, name) for name in kind.limits}) for kind in kinds]
+        return [piece for piece in pieces if piece.is_on]
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> "DrawnViews":
-        """Draw one view of each volume of a batch of this shape; the same generator state gives the same view everywhere."""
-        num_volumes, extent = shape[0], shape[2:]
-
-        def uniform(*size: int) -> Tensor:
-            return torch.rand(size, generator=generator) * 2 - 1
-
-        angles_B3 = uniform(num_volumes, 3) * torch.pi / 180 * self.rotation_degrees
-        scale_B = 1 + uniform(num_volumes) * self.scale_range
-        # Rotations act on millimetres, the sampling grid on fractions of each axis: conjugate by the extent.
-        extent_3 = torch.tensor(extent, dtype=torch.float32)
-        linear_B33 = _rotation(angles_B3) * scale_B[:, None, None] * extent_3[None, None, :] / extent_3[None, :, None]
-        return DrawnViews(
-            flip_B=torch.rand(num_volumes, generator=generator) < self.flip_probability,
-            shift_B3=(uniform(num_volumes, 3) * self.translation_voxels).round().long(),
-            linear_B33=linear_B33 if self.rotation_degrees > 0 or self.scale_range > 0 else None,
-            cutout_centre_B3=torch.rand(num_volumes, 3, generator=generator),
-            cutout_fraction=self.cutout_fraction,
-            noise_sd_B=torch.rand(num_volumes, generator=generator) * self.noise_sd,
-            noise_seed=int(torch.randint(2**62, (), generator=generator)),
-        )
+        """Draw one view of each image of a batch of this shape; the same generator state gives the same view everywhere."""
+        warps = [piece.draw(shape[0], shape[2:], generator) for piece in self._warps]
+        others = [piece.draw(shape[0], shape[2:], generator) for piece in self._others]
+        return DrawnViews((*([reduce(DrawnWarp.then, warps)] if warps else []), *others))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +130,8 @@ class RowViewPolicy:
     noise_sd: float = 0.3
 
     def __post_init__(self) -> None:
-        _check_knobs(self, {"mask_probability": 0.9, "noise_sd": 10.0})
+        check_limits("views", self, {"mask_probability": 0.9, "noise_sd": 10.0})
+        _check_any((self.mask_probability, self.noise_sd))
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> "DrawnRowViews":
         """Draw one view of each row of a batch of this shape; the same generator state gives the same view everywhere."""
@@ -94,51 +142,33 @@ class RowViewPolicy:
         )
 
 
-def _check_knobs(policy: ViewPolicy | RowViewPolicy, limits: Mapping[str, float]) -> None:
-    for name, limit in limits.items():
-        if not 0 <= getattr(policy, name) <= limit:
-            raise ValueError(f"views: {name} must be between 0 and {limit:g}, got {getattr(policy, name)!r}.")
-    if not any(getattr(policy, name) for name in limits):
+def _check_any(on: Iterable[object]) -> None:
+    if not any(on):
         raise ValueError("views: at least one augmentation must be on, got none: two equal views teach nothing.")
 
 
 @dataclass(frozen=True)
 class DrawnViews:
-    """The random part of one view of B volumes: everything ``apply`` needs."""
+    """The random part of one view of B images: everything ``apply`` needs."""
 
-    flip_B: Tensor
-    shift_B3: Tensor
-    linear_B33: Tensor | None
-    cutout_centre_B3: Tensor
-    cutout_fraction: float
-    noise_sd_B: Tensor
-    noise_seed: int
+    pieces: tuple[Drawn, ...]
 
-    def apply(self, volumes_B1XYZ: Tensor, scale: Tensor) -> Tensor:
-        """The drawn view of each volume, (B, 1, X, Y, Z), a new tensor on the same device; what comes in from outside is 0.
+    def apply(self, images_BCG: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """The drawn view of each image, (B, C, *grid), on the same device; what comes in from outside is 0.
 
-        ``scale`` (1,) is the unit of the noise.
+        Args:
+            images_BCG: the images, of any grid of 2 or 3 axes; they are left as they are.
+            scale: (1,), the unit of the noise.
+            out: where the views go, of the shape of the images, because fresh memory costs more than noise; None: a new tensor.
         """
-        viewed_B1XYZ = torch.zeros_like(volumes_B1XYZ)
-        flips, shifts = self.flip_B.tolist(), self.shift_B3.tolist()
-        for target, source, flip, shift_3 in zip(viewed_B1XYZ, volumes_B1XYZ, flips, shifts, strict=True):
-            to = [slice(max(0, s), size + min(0, s)) for s, size in zip(shift_3, source.shape[1:], strict=True)]
-            of = [slice(max(0, -s), size + min(0, -s)) for s, size in zip(shift_3, source.shape[1:], strict=True)]
-            target[:, to[0], to[1], to[2]] = (source.flip(1) if flip else source)[:, of[0], of[1], of[2]]
-        if self.linear_B33 is not None:
-            # grid_sample counts its coordinates from the last axis to the first.
-            affine_B34 = torch.nn.functional.pad(self.linear_B33[:, [2, 1, 0]][:, :, [2, 1, 0]], (0, 1)).to(viewed_B1XYZ)
-            grid_BXYZ3 = torch.nn.functional.affine_grid(affine_B34, list(viewed_B1XYZ.shape), align_corners=False)
-            viewed_B1XYZ = torch.nn.functional.grid_sample(viewed_B1XYZ, grid_BXYZ3, align_corners=False)
-        if self.cutout_fraction > 0:
-            boxes = _boxes(self.cutout_centre_B3, self.cutout_fraction, tuple(viewed_B1XYZ.shape[2:]))
-            for target, box in zip(viewed_B1XYZ, boxes, strict=True):
-                target[:, box[0], box[1], box[2]] = 0.0
-        if (self.noise_sd_B > 0).any():
-            generator = torch.Generator(viewed_B1XYZ.device).manual_seed(self.noise_seed)
-            noise_B1XYZ = torch.empty_like(viewed_B1XYZ).normal_(generator=generator)
-            viewed_B1XYZ.addcmul_(noise_B1XYZ, (self.noise_sd_B.to(noise_B1XYZ) * scale)[:, None, None, None, None])
-        return viewed_B1XYZ
+        viewed_BCG = images_BCG if out is None else out.copy_(images_BCG)
+        for piece in self.pieces:
+            if piece.on_B.any():
+                drawn = piece.in_units_of(scale) if isinstance(piece, DrawnNoise) else piece
+                viewed_BCG = drawn.apply(viewed_BCG, reuse=viewed_BCG is not images_BCG)
+        if out is not None:
+            return out if viewed_BCG is out else out.copy_(viewed_BCG)
+        return images_BCG.clone() if viewed_BCG is images_BCG else viewed_BCG
 
 
 @dataclass(frozen=True)
@@ -148,32 +178,7 @@ class DrawnRowViews:
     mask_BF: Tensor
     noise_BF: Tensor
 
-    def apply(self, rows_BF: Tensor, scale: Tensor) -> Tensor:
-        """The drawn view of each row, (B, F), a new tensor on the same device; ``scale`` (F,) is the unit of the noise."""
-        viewed_BF = rows_BF + self.noise_BF.to(rows_BF) * scale
+    def apply(self, rows_BF: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+        """The drawn view of each row, (B, F), on the same device, in ``out`` or new; ``scale`` (F,) is the unit of the noise."""
+        viewed_BF = torch.add(rows_BF, self.noise_BF.to(rows_BF) * scale, out=out)
         return viewed_BF.masked_fill_(self.mask_BF.to(rows_BF.device), torch.nan)
-
-
-def _rotation(angles_B3: Tensor) -> Tensor:
-    """Rotation matrices (B, 3, 3) from angles about the three axes, in radians."""
-    cos_B3, sin_B3 = angles_B3.cos(), angles_B3.sin()
-    one_B, zero_B = torch.ones(len(angles_B3)), torch.zeros(len(angles_B3))
-    rotation_B33 = torch.eye(3).expand(len(angles_B3), 3, 3)
-    for axis in range(3):
-        c, s = cos_B3[:, axis], sin_B3[:, axis]
-        i, j = [k for k in range(3) if k != axis]
-        turn = [[one_B if a == b else zero_B for b in range(3)] for a in range(3)]
-        turn[i][i], turn[i][j], turn[j][i], turn[j][j] = c, -s, s, c
-        rotation_B33 = rotation_B33 @ torch.stack([torch.stack(row, dim=1) for row in turn], dim=1)
-    return rotation_B33
-
-
-def _boxes(centre_B3: Tensor, fraction: float, shape: tuple[int, ...]) -> list[list[slice]]:
-    """The voxels of each cut-out box, which may stick out of the volume."""
-    return [
-        [
-            slice(max(0, round((c - fraction / 2) * size)), max(0, round((c + fraction / 2) * size)))
-            for c, size in zip(centre_3, shape, strict=True)
-        ]
-        for centre_3 in centre_B3.tolist()
-    ]
