@@ -161,6 +161,7 @@ def received_model(work: Work) -> Pretrainer:
         work.config.seed,
         num_classes=work.config.num_classes,
         num_inputs=work.held.store.num_inputs,
+        spatial_dims=work.config.data.spatial_dims,
         num_erased=num_erased(told),
     )
     load_strictly(model, unpack_state(work.received) | told)
@@ -171,7 +172,12 @@ def received_classifier(work: Work) -> Classifier:
     """The run's classifier with the weights received."""
     told = constants(work)
     model = build_classifier(
-        work.config.encoder, 2, work.config.seed, num_inputs=work.held.store.num_inputs, num_erased=num_erased(told)
+        work.config.encoder,
+        2,
+        work.config.seed,
+        num_inputs=work.held.store.num_inputs,
+        spatial_dims=work.config.data.spatial_dims,
+        num_erased=num_erased(told),
     )
     load_strictly(model, unpack_state(work.received) | told)
     return model.to(work.site.device)
@@ -183,7 +189,9 @@ def trained(result: TrainResult, work: Work) -> RecordDict:
     after = {name: value.detach().cpu() for name, value in result.state.items() if name in received}
     before = {name: received[name] for name in after}
     arrays, layout = pack(received | harden(after, before, work.config.privacy))
-    metrics = MetricRecord({"num-examples": result.num_scans, **result.metrics})
+    metrics = MetricRecord(
+        {"num-examples": result.num_scans, "seconds": result.seconds, "waited-seconds": result.waited_s, **result.metrics}
+    )
     return content(arrays=arrays, metrics=metrics, config=ConfigRecord({"layout": layout}))
 
 

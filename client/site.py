@@ -1,7 +1,6 @@
 """Which site this process serves, and what that site allows; decided by its node config alone, never by the server."""
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from core.config import RunConfig
-from core.data.manifest import check_problem_share, split_by_subject
-from core.data.site import SiteData, Source, Store
+from core.data.manifest import MAX_UNUSABLE, check_problem_share, split_by_subject
+from core.data.site import SiteData, Source, Store, default_cache_root
 from core.evaluation.embeddings import Embeddings
 from core.exchange import SiteError
 from core.moments import MomentPolicy
@@ -27,9 +26,9 @@ POLICY_KEYS = {
     "round-counts-to": "round_counts_to",
 }
 # The key of the node config that tells each place the data may have.
-PLACE_KEYS = {"root": "data-root", "table": "data-root", "participants": "participants"}
+PLACE_KEYS = {"root": "data-root", "table": "data-root", "participants": "participants", "mask": "mask"}
 FLOWER_KEYS = {"partition-id", "num-partitions"}
-NODE_KEYS = {"site", *PLACE_KEYS.values(), "cache-root", "device", "threads", "share-per-scan", *POLICY_KEYS}
+NODE_KEYS = {"site", *PLACE_KEYS.values(), "cache-root", "device", "threads", "max-unusable", "share-per-scan", *POLICY_KEYS}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Site:
         source: where its scans are: a BIDS data set or a table, or a collection that has the site in it.
         device: where it computes.
         threads: CPU threads for it, or None to leave the default.
+        max_unusable: share of the listed scans that may be unusable before it refuses to train.
         moments: what it lets out about groups of scans.
         share_per_scan: whether embeddings and scores of single scans may leave it (never with their ids).
     """
@@ -49,13 +49,9 @@ class Site:
     source: Source
     device: torch.device
     threads: int | None
+    max_unusable: float
     moments: MomentPolicy
     share_per_scan: bool
-
-
-def default_cache_root() -> Path:
-    """``$ISOCENTER_CACHE``, else a folder in the user's cache."""
-    return Path(os.environ.get("ISOCENTER_CACHE") or Path.home() / ".cache" / "isocenter")
 
 
 def choose_device(name: str) -> torch.device:
@@ -85,7 +81,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
     if "data-root" in node_config or "site" in node_config:
         if not {"data-root", "site"} <= set(node_config):
             raise SiteError("node_config", "node config must hold both site and data-root, one is missing.")
-        for key in {"data-root", "participants"} & set(node_config) - {PLACE_KEYS[place] for place in config.data.PLACES}:
+        for key in set(PLACE_KEYS.values()) & set(node_config) - {PLACE_KEYS[place] for place in config.data.PLACES}:
             raise SiteError("node_config", f"node config must not hold {key} when the run reads {config.data.kind}.")
         told = {place: node_config.get(PLACE_KEYS[place]) for place in config.data.PLACES}
         places = {place: None if value is None else Path(str(value)) for place, value in told.items()}
@@ -96,6 +92,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
             source=config.data.source(cache_root, places),
             device=device,
             threads=int(str(node_config["threads"])) if "threads" in node_config else None,
+            max_unusable=float(str(node_config.get("max-unusable", MAX_UNUSABLE))),
             moments=MomentPolicy(**policy),
             share_per_scan=node_config.get("share-per-scan", False) is True,
         )
@@ -118,6 +115,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
         source=source,
         device=device,
         threads=None,
+        max_unusable=config.data.max_unusable,
         moments=config.simulation.moment_policy(),
         share_per_scan=config.simulation.share_per_scan,
     )
@@ -156,9 +154,11 @@ class Holdings:
 
 
 @lru_cache(maxsize=64)
-def _open(site_name: str, source: Source, split_seed: int, fractions: tuple[float, float, float]) -> Holdings:
+def _open(
+    site_name: str, source: Source, max_unusable: float, split_seed: int, fractions: tuple[float, float, float]
+) -> Holdings:
     manifest, store = source.open(site_name)
-    check_problem_share(manifest)
+    check_problem_share(manifest, max_unusable)
     position = {scan.path: index for index, scan in enumerate(manifest.scans)}
     splits = {
         split: SiteData(site_name, part.scans, tuple(position[scan.path] for scan in part.scans), store)
@@ -176,4 +176,4 @@ def _open(site_name: str, source: Source, split_seed: int, fractions: tuple[floa
 
 def holdings(site: Site, config: RunConfig) -> Holdings:
     """The site's scans, cached and split by subject; read once a process."""
-    return _open(site.name, site.source, config.data.split_seed, config.data.fractions)
+    return _open(site.name, site.source, site.max_unusable, config.data.split_seed, config.data.fractions)

@@ -2,7 +2,7 @@
 
 config      RunConfig and load_config: what a run is
 seeding     where every random number comes from
-data        what a site holds: manifest, bids, decode, volumes, cache, table, site, views, sampling
+data        what a site holds: manifest, labels, readers, decode, volumes, cache, site, sampling, feed, augment, views
 models      encoders, projector, classifier
 losses      objectives, label kernels, FairKL; usable on their own
 messages    what every message of a site is checked for

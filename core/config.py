@@ -31,7 +31,8 @@ from pydantic import (
     model_validator,
 )
 
-from core.data.manifest import SITE_NAME
+from core.data.manifest import MAX_UNUSABLE, SITE_NAME
+from core.data.medmnist import MedMnistSource
 from core.data.sampling import SamplingPolicy
 from core.data.site import ImageSource, Source
 from core.data.table import Columns, TableSource
@@ -72,12 +73,16 @@ class DataConfig(Closed, ABC):
     PLACES: ClassVar[tuple[str, ...]]
     """Keys that hold a folder or file of this machine."""
 
+    inputs: ClassVar[Literal["images", "table"]]
+    """What nets and views must be made for."""
+
     name: str
     pretrain_sites: tuple[SiteName, ...] | None
     unseen_sites: tuple[SiteName, ...] = ()
     target_sites: tuple[SiteName, ...] | None
     split_seed: int
     fractions: tuple[Share, Share, Share] = (0.6, 0.2, 0.2)
+    max_unusable: Share = MAX_UNUSABLE
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataConfig":
@@ -94,6 +99,11 @@ class DataConfig(Closed, ABC):
         """Where scans are read from: places by key of `PLACES`, those of the configuration or a site's own."""
 
     @property
+    def spatial_dims(self) -> int:
+        """Axes of an image; what rows of features have instead does not matter."""
+        return 3
+
+    @property
     def places(self) -> dict[str, Path | None]:
         """The folders and files of this machine that the configuration names, by key."""
         return {key: getattr(self, key) for key in self.PLACES}
@@ -102,26 +112,84 @@ class DataConfig(Closed, ABC):
 class ImageData(DataConfig):
     """Folders of images, and the grid that they are brought to."""
 
-    PLACES = ("root",)
+    PLACES = ("root", "participants", "mask")
+    inputs = "images"
 
     kind: Literal["images"] = "images"
     root: Path | None
+    layout: Literal["auto", "bids", "files", "openbhb"] = "auto"
     suffix: str
+    derivatives: Annotated[str, Field(pattern=f"^{SITE_NAME}$")] | None = None
+    participants: Path | None = None
+    pattern: str | None = None
+    columns: Columns = Field(default_factory=Columns)
+    modality: Literal["vbm", "quasiraw"] = "vbm"
     voxel_size_mm: Positive
     shape: tuple[Count, Count, Count]
     normalisation: Literal["robust", "none"]
+    mask: Path | None = None
+    stored: Literal["float16", "uint8"] = "float16"
+
+    @model_validator(mode="after")
+    def _can_be_stored(self) -> "ImageData":
+        self.volumes({})
+        return self
+
+    def volumes(self, places: Mapping[str, Path | None]) -> VolumeSettings:
+        """What every volume looks like."""
+        return VolumeSettings(
+            voxel_size_mm=self.voxel_size_mm,
+            shape=self.shape,
+            normalisation=self.normalisation,
+            mask=places.get("mask"),
+            stored=self.stored,
+        )
 
     def source(self, cache_root: Path, places: Mapping[str, Path | None]) -> ImageSource:
-        """BIDS folders below ``root``."""
-        settings = VolumeSettings(voxel_size_mm=self.voxel_size_mm, shape=self.shape, normalisation=self.normalisation)
+        """What ``layout`` says about the folder ``root``."""
         assert places["root"] is not None
-        return ImageSource(places["root"], self.suffix, settings, cache_root)
+        return ImageSource(
+            root=places["root"],
+            layout=self.layout,
+            suffix=self.suffix,
+            derivatives=self.derivatives,
+            participants=places["participants"],
+            pattern=self.pattern,
+            columns=self.columns,
+            modality=self.modality,
+            settings=self.volumes(places),
+            cache_root=cache_root,
+        )
+
+
+class MedMnistData(DataConfig):
+    """A MedMNIST subset: small images, 2-D or 3-D, with official splits."""
+
+    PLACES = ("root",)
+    inputs = "images"
+
+    kind: Literal["medmnist"]
+    root: Path | None
+    spatial: Literal[2, 3]
+    num_sites: Annotated[int, Field(ge=1, le=1000)]
+    controls: tuple[Annotated[int, Field(ge=0)], ...] | None
+
+    @property
+    def spatial_dims(self) -> int:
+        """Axes of an image."""
+        return self.spatial
+
+    def source(self, cache_root: Path, places: Mapping[str, Path | None]) -> MedMnistSource:
+        """The file ``root``."""
+        assert places["root"] is not None
+        return MedMnistSource(places["root"], self.num_sites, self.controls, self.spatial, cache_root)
 
 
 class TableData(DataConfig):
     """A table of features, one row a subject."""
 
     PLACES = ("table", "participants")
+    inputs = "table"
 
     kind: Literal["table"]
     table: Path | None
@@ -299,7 +367,7 @@ def describe_objective(objective: Objective) -> dict[str, Any]:
 
 
 def _kind(value: Any) -> Any:
-    """Images or a table; images where it is not said."""
+    """The kind of data or views; images where it is not said."""
     return value.get("kind", "images") if isinstance(value, Mapping) else value.kind
 
 
@@ -316,7 +384,10 @@ class RunConfig(Closed):
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_rounds: Annotated[int, Field(ge=0)]
     embedding_size: Annotated[int, Field(ge=2, le=4096)]
-    data: Annotated[Annotated[ImageData, Tag("images")] | Annotated[TableData, Tag("table")], Discriminator(_kind)]
+    data: Annotated[
+        Annotated[ImageData, Tag("images")] | Annotated[MedMnistData, Tag("medmnist")] | Annotated[TableData, Tag("table")],
+        Discriminator(_kind),
+    ]
     encoder: Annotated[EncoderChoice, Field(discriminator="name")]
     objective: Annotated[InstanceOf[Objective], BeforeValidator(_objective), PlainSerializer(describe_objective)]
     debias: DebiasConfig
@@ -331,13 +402,13 @@ class RunConfig(Closed):
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
         _check_objective(self.objective)
-        remedy = {"images": "encoder=small views=brain", "table": "encoder=mlp views=table"}[self.data.kind]
+        remedy = {"images": "encoder=small views=brain", "table": "encoder=mlp views=table"}[self.data.inputs]
         for part, kind in (("encoder", self.encoder.kind), ("views", self.views.kind)):
-            if kind != self.data.kind:
-                raise ValueError(f"{part} must be for {self.data.kind}, as data are, got one for {kind}; add {remedy}")
+            if kind != self.data.inputs:
+                raise ValueError(f"{part} must be for {self.data.inputs}, as data are, got one for {kind}; add {remedy}")
         if self.warmup_rounds >= self.num_rounds:
             raise ValueError(f"warmup_rounds must be less than num_rounds, got {self.warmup_rounds} and {self.num_rounds}")
-        if self.debias.erase == "input" and self.data.kind != "table":
+        if self.debias.erase == "input" and self.data.inputs != "table":
             raise ValueError(f"debias.erase must be auto, h or none when the run reads images, got {self.debias.erase!r}")
         if self.debias.weight > 0 and self.debias.warmup_rounds >= self.num_rounds:
             raise ValueError(
@@ -350,7 +421,7 @@ class RunConfig(Closed):
     @property
     def erased_spaces(self) -> tuple[str, ...]:
         """Where site and scanner are erased: the inputs of rows, before training; the representation h, after it."""
-        auto = ("input", "h") if self.data.kind == "table" else ("h",)
+        auto = ("input", "h") if self.data.inputs == "table" else ("h",)
         return {"none": (), "auto": auto}.get(self.debias.erase, (self.debias.erase,))
 
     @property

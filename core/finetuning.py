@@ -1,5 +1,6 @@
 """Encoder and head on labelled scans: linear probe, full fine-tuning, from scratch."""
 
+import time
 from collections.abc import Iterator
 from typing import Literal
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from core.config import RunConfig
+from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
 from core.models import Classifier
@@ -23,7 +25,7 @@ def diagnosis_codes(data: SiteData) -> Tensor:
 
 
 def finetuning_losses(
-    model: Classifier, data: SiteData, config: RunConfig, stage: Stage, round_number: int, device: torch.device
+    model: Classifier, data: SiteData, config: RunConfig, stage: Stage, round_number: int, device: torch.device, waited: Waited
 ) -> Iterator[dict[str, Tensor]]:
     """Cross-entropy of each local step of a round, classes weighted alike; a linear probe sees the scans as they are."""
     purpose = (stage, data.site, round_number)
@@ -37,8 +39,9 @@ def finetuning_losses(
     view_generator = generator(config.seed, "views", *purpose)
     labels = diagnosis_codes(data)
     weights = (len(labels) / (2 * labels.bincount(minlength=2).clamp_min(1))).to(device)
-    for batch in batches:
-        inputs = data.inputs(batch.first, device)
+    ring = Ring()
+    for batch, stored in read_ahead(batches, lambda batch: data.read(batch.first, device, ring), waited):
+        inputs = data.on_device(stored, device)
         if stage == "linear_probe":
             with torch.no_grad():
                 h_NF = model.encoder(inputs)
@@ -64,7 +67,8 @@ def finetune(
     if stage != "linear_probe":
         groups.append({"params": model.encoder.parameters(), "lr": decline * chosen.learning_rate})
     model.train()
-    losses = finetuning_losses(model, data, config, stage, round_number, device)
+    waited, started = Waited(), time.perf_counter()
+    losses = finetuning_losses(model, data, config, stage, round_number, device, waited)
     metrics = take_steps(
         losses,
         torch.optim.AdamW(groups, weight_decay=chosen.weight_decay),
@@ -72,4 +76,5 @@ def finetune(
     )
     part = model.head if stage == "linear_probe" else model
     prefix = "head." if stage == "linear_probe" else ""
-    return TrainResult({f"{prefix}{name}": value for name, value in part.state_dict().items()}, len(data), metrics)
+    state = {f"{prefix}{name}": value for name, value in part.state_dict().items()}
+    return TrainResult(state, len(data), metrics, time.perf_counter() - started, waited.seconds)

@@ -12,21 +12,22 @@ from torch import Tensor, nn
 from core.seeding import seed
 
 CONSTANTS = "encoder.standardise."
+CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class Block(nn.Sequential):
     """Convolution, group normalisation, ReLU; halves the grid when ``stride`` is 2."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, spatial_dims: int) -> None:
         super().__init__(
-            nn.Conv3d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+            CONVOLUTION[spatial_dims](in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
             nn.GroupNorm(min(8, out_channels), out_channels),
             nn.ReLU(),
         )
 
 
 class Encoder(nn.Module):
-    """A net from volumes (N, 1, X, Y, Z), or rows of I features (N, I), to representations h (N, F)."""
+    """A net from volumes (N, C, X, Y, Z), images (N, C, X, Y), or rows of I features (N, I), to representations h (N, F)."""
 
     num_features: int
 
@@ -37,17 +38,17 @@ class Encoder(nn.Module):
 
 
 class SmallEncoder(Encoder):
-    """Four strided stages of 3-D convolutions, then the mean over the grid: fast on two cores."""
+    """Four strided stages of convolutions, then the mean over the grid: fast on two cores."""
 
-    def __init__(self, num_inputs: int, width: int) -> None:
+    def __init__(self, num_inputs: int, width: int, spatial_dims: int) -> None:
         super().__init__()
         channels = [num_inputs, width, 2 * width, 4 * width, 16 * width]
-        self.stages = nn.Sequential(*(Block(a, b, stride=2) for a, b in pairwise(channels)))
+        self.stages = nn.Sequential(*(Block(a, b, 2, spatial_dims) for a, b in pairwise(channels)))
         self.num_features = channels[-1]
 
-    def forward(self, volumes_N1XYZ: Tensor) -> Tensor:
-        """Representations h, (N, F), of volumes (N, 1, X, Y, Z)."""
-        h_NF: Tensor = self.stages(volumes_N1XYZ).mean(dim=(2, 3, 4))
+    def forward(self, images: Tensor) -> Tensor:
+        """Representations h, (N, F), of volumes (N, C, X, Y, Z) or images (N, C, X, Y)."""
+        h_NF: Tensor = self.stages(images).mean(dim=tuple(range(2, images.ndim)))
         return h_NF
 
 
@@ -114,9 +115,9 @@ class Headless(Encoder):
         self.net = net
         self.num_features = num_features
 
-    def forward(self, volumes_N1XYZ: Tensor) -> Tensor:
-        """Representations h, (N, F), of volumes (N, 1, X, Y, Z)."""
-        h_NF: Tensor = self.net(volumes_N1XYZ)
+    def forward(self, images: Tensor) -> Tensor:
+        """Representations h, (N, F), of volumes (N, C, X, Y, Z) or images (N, C, X, Y)."""
+        h_NF: Tensor = self.net(images)
         return h_NF
 
 
@@ -128,9 +129,9 @@ class Small:
     width: Annotated[int, Field(ge=2, le=256)] = 8
     kind: ClassVar = "images"
 
-    def build(self, num_inputs: int) -> Encoder:
+    def build(self, num_inputs: int, spatial_dims: int) -> Encoder:
         """A small encoder with 16 ``width`` features."""
-        return SmallEncoder(num_inputs, self.width)
+        return SmallEncoder(num_inputs, self.width, spatial_dims)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +141,12 @@ class DenseNet:
     name: Literal["densenet121"] = "densenet121"
     kind: ClassVar = "images"
 
-    def build(self, num_inputs: int) -> Encoder:
+    def build(self, num_inputs: int, spatial_dims: int) -> Encoder:
         """DenseNet121 without its classifier."""
         from monai.networks.nets import DenseNet121  # seconds to import: only by who asks for it
 
         net = DenseNet121(
-            spatial_dims=3,
+            spatial_dims=spatial_dims,
             in_channels=num_inputs,
             out_channels=1,
             norm=("group", {"num_groups": 8}),
@@ -163,14 +164,14 @@ class ResNet:
     name: Literal["resnet18"] = "resnet18"
     kind: ClassVar = "images"
 
-    def build(self, num_inputs: int) -> Encoder:
+    def build(self, num_inputs: int, spatial_dims: int) -> Encoder:
         """ResNet18 without its classifier."""
         from monai.networks.nets import resnet18  # seconds to import: only by who asks for it
 
-        net = resnet18(spatial_dims=3, n_input_channels=num_inputs, feed_forward=False)
+        net = resnet18(spatial_dims=spatial_dims, n_input_channels=num_inputs, feed_forward=False)
         for parent in list(net.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, nn.BatchNorm3d):
+                if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d):
                     setattr(parent, name, nn.GroupNorm(8, child.num_features))
         return Headless(net, 512)
 
@@ -184,8 +185,9 @@ class MLP:
     depth: Annotated[int, Field(ge=1, le=16)] = 2
     kind: ClassVar = "table"
 
-    def build(self, num_inputs: int) -> Encoder:
+    def build(self, num_inputs: int, spatial_dims: int) -> Encoder:
         """An encoder of rows with ``width`` features."""
+        del spatial_dims
         return RowEncoder(num_inputs, self.width, self.depth)
 
 
@@ -262,15 +264,16 @@ def build_pretrainer(
     *,
     num_classes: int | None = None,
     num_inputs: int = 1,
+    spatial_dims: int = 3,
     num_erased: int = 0,
 ) -> Pretrainer:
     """A freshly initialised encoder and projector, the same on every machine for the same seed.
 
-    ``num_inputs`` is the number of channels of a volume, or of features of a row, ``num_erased`` that of the directions which
-    the constants of an encoder of rows take out.
+    ``num_inputs`` is the number of channels of an image, or of features of a row, ``spatial_dims`` 3 for volumes and 2 for flat
+    images, ``num_erased`` the number of directions which the constants of an encoder of rows take out.
     """
     return _seeded(
-        lambda: Pretrainer(choice.build(num_inputs), embedding_size, num_classes),
+        lambda: Pretrainer(choice.build(num_inputs, spatial_dims), embedding_size, num_classes),
         seed(run_seed, "pretrainer"),
         num_inputs,
         num_erased,
@@ -278,9 +281,18 @@ def build_pretrainer(
 
 
 def build_classifier(
-    choice: EncoderChoice, num_classes: int, run_seed: int, *, num_inputs: int = 1, num_erased: int = 0
+    choice: EncoderChoice,
+    num_classes: int,
+    run_seed: int,
+    *,
+    num_inputs: int = 1,
+    spatial_dims: int = 3,
+    num_erased: int = 0,
 ) -> Classifier:
     """A freshly initialised classifier, the same on every machine for the same seed; inputs as in `build_pretrainer`."""
     return _seeded(
-        lambda: Classifier(choice.build(num_inputs), num_classes), seed(run_seed, "classifier"), num_inputs, num_erased
+        lambda: Classifier(choice.build(num_inputs, spatial_dims), num_classes),
+        seed(run_seed, "classifier"),
+        num_inputs,
+        num_erased,
     )

@@ -4,6 +4,7 @@ Shape legend: N scans in a batch, R = 2 N rows (first views, then second views),
 """
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from core.config import RunConfig
-from core.data.sampling import subject_batches
+from core.data.feed import Ring, Waited, read_ahead
+from core.data.sampling import DrawnBatch, subject_batches
 from core.data.site import SiteData
 from core.losses import EmbeddedViews
 from core.models import Pretrainer
@@ -31,11 +33,15 @@ class TrainResult:
         state: the weights that the steps trained, by name; what stays frozen is not among them.
         num_scans: scans the site trained on, its weight in the average.
         metrics: mean over the local steps of every term, by name.
+        seconds: how long the local steps took.
+        waited_s: how much of that they stood still for their data.
     """
 
     state: dict[str, Tensor]
     num_scans: int
     metrics: dict[str, float]
+    seconds: float
+    waited_s: float
 
 
 def learning_rate(base: float, round_number: int, num_rounds: int, warmup_rounds: int) -> float:
@@ -74,6 +80,7 @@ def pretraining_losses(
     device: torch.device,
     remote: Mapping[str, GroupMoments],
     references: Mapping[str, Reference],
+    waited: Waited,
 ) -> Iterator[dict[str, Tensor]]:
     """Objective and FairKL of each local step of a round."""
     batches = subject_batches(
@@ -87,15 +94,24 @@ def pretraining_losses(
     labels = {"age_years": data.ages(), "sex": data.sexes(), "scanner": data.scanner_codes()}
     num_subjects = len({scan.subject for scan in data.scans})
     weight = config.debias.weight_in_round(round_number)
-    for batch in batches:
-        first, second = (data.inputs(batch.first, device),) * 2
+
+    ring, viewed = Ring(), torch.empty(0)
+
+    def read(batch: DrawnBatch) -> Tensor:
+        return data.read(batch.first if batch.second == batch.first else batch.first + batch.second, device, ring)
+
+    for batch, stored in read_ahead(batches, read, waited):
+        inputs = data.on_device(stored, device)
+        first, second = inputs[: len(batch)], inputs[-len(batch) :]
         metadata = {name: label[batch.first].to(device) for name, label in labels.items()}
         if batch.second != batch.first:
-            second = data.inputs(batch.second, device)
             metadata = {name: torch.stack([value, labels[name][batch.second].to(device)]) for name, value in metadata.items()}
         drawn = [config.views.draw(first.shape, view_generator) for _ in range(2)]
-        unit = model.encoder.input_scale
-        h_RF, z_RD = model(torch.cat([drawn[0].apply(first, unit), drawn[1].apply(second, unit)]))
+        if viewed.shape != (2 * len(batch), *first.shape[1:]):
+            viewed = first.new_empty(2 * len(batch), *first.shape[1:])
+        for view, images, out in zip(drawn, (first, second), viewed.chunk(2), strict=True):
+            view.apply(images, model.encoder.input_scale, out)
+        h_RF, z_RD = model(viewed)
         if model.classifier is not None:
             metadata["logits"] = torch.stack(model.classifier(h_RF).chunk(2))
         embedded = EmbeddedViews(z_RD.chunk(2), metadata)
@@ -144,9 +160,10 @@ def pretrain(
     rate = learning_rate(config.learning_rate, round_number, config.num_rounds, config.warmup_rounds)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=config.weight_decay)
     model.train()
-    losses = pretraining_losses(model, data, config, round_number, device, remote or {}, references or {})
+    waited, started = Waited(), time.perf_counter()
+    losses = pretraining_losses(model, data, config, round_number, device, remote or {}, references or {}, waited)
     metrics = take_steps(losses, optimiser, f"site {data.site}, round {round_number}")
-    return TrainResult(dict(model.state_dict()), len(data), metrics)
+    return TrainResult(dict(model.state_dict()), len(data), metrics, time.perf_counter() - started, waited.seconds)
 
 
 @torch.no_grad()

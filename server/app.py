@@ -77,6 +77,7 @@ def carry_out(grid: Grid, context: Context) -> None:
         config.seed,
         num_classes=config.num_classes,
         num_inputs=num_inputs,
+        spatial_dims=config.data.spatial_dims,
         num_erased=num_erased(sites.constants),
     )
     untrained, _ = split_constants({name: value.clone() for name, value in model.state_dict().items()})
@@ -105,7 +106,12 @@ def carry_out(grid: Grid, context: Context) -> None:
 
     for stage in config.finetune.stages if targets else ():
         classifier = build_classifier(
-            config.encoder, 2, config.seed, num_inputs=num_inputs, num_erased=num_erased(sites.constants)
+            config.encoder,
+            2,
+            config.seed,
+            num_inputs=num_inputs,
+            spatial_dims=config.data.spatial_dims,
+            num_erased=num_erased(sites.constants),
         )
         initial, _ = split_constants({name: value.clone() for name, value in classifier.state_dict().items()})
         if stage != "from_scratch":

@@ -42,6 +42,7 @@ NOTHING_ERASED = (
 )
 MIN_CONTRAST_SUBJECTS = 4
 STOP_AT_ONCE = {"not_finite", "code"}
+NO_TERMS = {"num-examples", "seconds", "waited-seconds"}  # of a training answer's metrics; all others are terms of the loss
 
 
 class SiteRounds(FedAvg):
@@ -324,11 +325,13 @@ class SiteRounds(FedAvg):
         """Append the round to ``rounds.jsonl`` and log one line."""
         now = time.monotonic()
         seconds = now - self.round_started
-        values = {site: {name: cast(float, v) for name, v in m.items() if name != "num-examples"} for site, m in metrics.items()}
+        values = {site: {name: cast(float, v) for name, v in m.items() if name not in NO_TERMS} for site, m in metrics.items()}
+        shares = [min(1.0, cast(float, m["waited-seconds"]) / max(cast(float, m["seconds"]), 1e-9)) for m in metrics.values()]
         line: dict[str, object] = {
             "stage": self.stage,
             "round": round_number,
             "seconds": round(seconds, 3),
+            "waited_share": dict(zip(metrics, (round(share, 4) for share in shares), strict=True)),
             "sites": values,
         }
         if self.exchanged:
@@ -342,12 +345,13 @@ class SiteRounds(FedAvg):
         left = (now - self.started) / round_number * (self.num_rounds - round_number)
         losses = "  ".join(f"{site} {value['loss']:.3f}" for site, value in values.items())
         log.info(
-            "%s  round %d/%d  loss  %s  %.1f s, %s left",
+            "%s  round %d/%d  loss  %s  %.1f s, %.1f %% of it waiting for data, %s left",
             self.stage,
             round_number,
             self.num_rounds,
             losses,
             seconds,
+            100 * max(shares, default=0.0),
             f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s",
         )
 
@@ -406,7 +410,8 @@ def eraser_from(
 def check_metrics(metrics: MetricRecord, where: str) -> None:
     """Refuse metrics that are no finite numbers, or a weight that is not positive."""
     bad = [name for name, value in metrics.items() if isinstance(value, list) or not np.isfinite(value)]
-    if bad or not cast(float, metrics["num-examples"]) > 0:
+    bad += [name for name in sorted(NO_TERMS) if name not in bad and not cast(float, metrics[name]) >= 0]
+    if bad or metrics["num-examples"] == 0:
         raise ExchangeError(f"{where}: metrics must be finite numbers and num-examples positive, got {bad or ['num-examples']}.")
 
 

@@ -19,12 +19,12 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from client.app import healthy, labelled
-from client.site import Holdings, default_cache_root, holdings, this_site
+from client.site import Holdings, holdings, this_site
 from core.checkpoint import load_strictly
 from core.combat import pooled_combat
 from core.config import DebiasConfig, RunConfig
 from core.data.manifest import Manifest, split_by_subject
-from core.data.site import SiteData
+from core.data.site import SiteData, default_cache_root
 from core.data.table import FeatureRows
 from core.evaluation.embeddings import Embeddings
 from core.models import Pretrainer, RowEncoder, build_pretrainer, num_erased
@@ -322,19 +322,32 @@ class JoinedStore:
         return self.parts[0].store.num_inputs
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """As at each site."""
+        return self.parts[0].store.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As at each site."""
+        return self.parts[0].store.dtype
+
+    @property
+    def unit(self) -> float:
+        """As at each site."""
+        return self.parts[0].store.unit
+
+    @property
     def signature(self) -> str:
         """As at each site."""
         return self.parts[0].store.signature
 
-    def read(self, indices: Sequence[int]) -> NDArray[Any]:
-        """Inputs of the scans with these numbers."""
+    def fill(self, target: Tensor, indices: Sequence[int]) -> None:
+        """Copy the inputs of the scans with these numbers."""
         ends = list(accumulate(map(len, self.parts)))
-        rows = []
-        for index in indices:
+        for row, index in zip(target, indices, strict=True):
             number = bisect_right(ends, index)
             part = self.parts[number]
-            rows.append(part.store.read([part.positions[index - ends[number] + len(part)]]))
-        return np.concatenate(rows)
+            part.store.fill(row[None], [part.positions[index - ends[number] + len(part)]])
 
 
 def join(parts: Sequence[SiteData]) -> SiteData:
@@ -354,6 +367,7 @@ def _fresh_model(config: RunConfig, splits: Mapping[str, Mapping[str, SiteData]]
         config.seed,
         num_classes=config.num_classes,
         num_inputs=next(iter(splits.values()))["train"].store.num_inputs,
+        spatial_dims=config.data.spatial_dims,
         num_erased=directions,
     )
 

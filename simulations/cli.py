@@ -42,8 +42,8 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     output = (config.output or Path("runs")).resolve()
     places = {key: path.resolve() for key, path in config.data.places.items() if path is not None}
     if config.data.root is None:
-        if config.data.kind == "table":
-            fail("run: data.table must name a file, got null.")
+        if config.data.kind != "images":
+            fail(f"run: data.{config.data.PLACES[0]} must name a file, got null.")
         places["root"] = Path("data/phantom").resolve()
         write_phantom(places["root"], seed=0, scale=1.0)
     try:

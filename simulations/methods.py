@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from core.config import RunConfig
+from core.data.feed import Waited
 from core.data.site import SiteData
 from core.models import Pretrainer, RowEncoder
 from core.seeding import generator, seed
@@ -354,7 +355,7 @@ def _train_locally(
     watch = model.encoder.register_forward_hook(lambda _module, _inputs, h_RF: seen.append(h_RF))
 
     def losses() -> Iterator[dict[str, Tensor]]:
-        for terms in pretraining_losses(model, data, config, round_number, device, {}, {}):
+        for terms in pretraining_losses(model, data, config, round_number, device, {}, {}, Waited()):
             yield terms | method.terms(seen.pop(), local)
 
     try:

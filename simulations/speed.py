@@ -1,4 +1,4 @@
-"""What takes how long, side by side with what one would otherwise write or install: `python -m simulations.speed losses`.
+"""What takes how long, side by side with what one would otherwise write or install: `python -m simulations.speed losses`, `data`.
 
 Ours and theirs are first checked to agree in loss and gradient, then timed in turn in one run, forward and backward, so that a
 busy machine slows both alike. "paper" is the formula of the paper in ordinary torch, below, with the structure of the authors'
@@ -561,6 +561,57 @@ def losses(
     Console(width=120).print(as_table(timings, notes))
     if output:
         figures = {"machine": machine_facts(), "timings": [asdict(timing) for timing in timings], "notes": notes}
+        output.write_text(json.dumps(figures, indent=1))
+        typer.echo(f"figures: {output}")
+
+
+@app.command()
+def data(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of NIfTI images, a set each.", show_default="the MCIC and T1w sets of ../shared/data"),
+    ] = None,
+    turns: Annotated[int, typer.Option(min=1, help="Cached epochs of each side.")] = 5,
+    first_turns: Annotated[int, typer.Option(min=1, help="First epochs of each side, from nothing.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
+) -> None:
+    """Time how fast scans are fed to training, against MONAI's PersistentDataset and CacheDataset with the same transforms.
+
+    An epoch gives two augmented views of every scan (views=brain) on a 1.5 mm grid. The first epoch decodes, the others are
+    cached. Both sides must first make alike volumes of a scan; then all take turns in one run, and the ratios are ours over
+    theirs in the same turn: above 1, ours is faster. Memory is measured in a process of its own for each number of scans.
+
+    Example: python -m simulations.speed data mine/ --turns 3
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from simulations import speed_data
+
+    sets = {folder.name: speed_data.find_scans(folder) for folder in folders} if folders else speed_data.usual_sets()
+    for name, paths in sets.items():
+        if len(paths) < 3:
+            raise typer.BadParameter(f"a set must have three scans or more, got {len(paths)} in {name}. Name another folder.")
+    feeds, memory = [], {}
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        for name, paths in sets.items():
+            try:
+                feeds += speed_data.compare_feeds(
+                    name, paths, first_turns=first_turns, turns=turns, on_turn=lambda text: bar.update(task, description=text)
+                )
+            except ValueError as error:
+                typer.echo(f"{name}: {error}", err=True)
+                raise typer.Exit(1) from None
+            bar.update(task, description=f"{name}: memory")
+            memory[name] = speed_data.measure_memory(paths)
+    console = Console(width=120)
+    console.print(speed_data.as_table(feeds))
+    for name, found in memory.items():
+        console.print(speed_data.as_memory_table(name, found))
+    console.print(", ".join(f"{key} {value}" for key, value in speed_data.facts().items()))
+    if output:
+        figures = {"machine": speed_data.facts(), "feeds": [asdict(feed) for feed in feeds], "memory": memory}
         output.write_text(json.dumps(figures, indent=1))
         typer.echo(f"figures: {output}")
 

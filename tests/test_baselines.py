@@ -14,6 +14,7 @@ from torch import nn
 
 from client.app import app as client_app
 from core.config import RunConfig, load_config
+from core.data.feed import Ring
 from core.data.site import SiteData
 from core.evaluation.embeddings import Embeddings
 from core.models import build_pretrainer
@@ -212,14 +213,14 @@ def test_raw_volumes_are_principal_components_of_the_training_scans(consortium: 
 def views_drawn(data: SitesData, name: str, monkeypatch: pytest.MonkeyPatch) -> int:
     """Scans read while a baseline trains, each shown in two views."""
     drawn: list[int] = []
-    inputs = SiteData.inputs
+    read = SiteData.read
 
-    def spy(self: SiteData, indices: Sequence[int], device: torch.device) -> torch.Tensor:
+    def spy(self: SiteData, indices: Sequence[int], device: torch.device, ring: Ring | None = None) -> torch.Tensor:
         drawn.append(len(indices))
-        return inputs(self, indices, device)
+        return read(self, indices, device, ring)
 
     monkeypatch.setattr(SitesData, "embed", lambda self, _trained, _device: self.table)
-    monkeypatch.setattr(SiteData, "inputs", spy)
+    monkeypatch.setattr(SiteData, "read", spy)
     run_baseline(name, data)
     monkeypatch.undo()
     return sum(drawn)

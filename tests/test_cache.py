@@ -1,6 +1,7 @@
 """The cache of volumes against everything that may happen to a file."""
 
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -8,16 +9,20 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from core.data import cache as cache_module
 from core.data.bids import list_sites, read_site
-from core.data.cache import open_cache
+from core.data.cache import CacheError, open_cache, plan_build
+from core.data.decode import VolumeError
 from core.data.manifest import Manifest, Scan, check_problem_share
+from core.data.site import SiteData, VolumeStore
 from core.data.volumes import VolumeSettings, load_volume
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -71,7 +76,7 @@ def test_a_cache_holds_each_volume_in_the_manifests_order(tmp_path: Path) -> Non
     assert (cache.shape, batch.shape, batch.dtype) == ((12, 14, 10), (3, 12, 14, 10), np.float16)
     for row, index in zip(batch, (2, 0, 2), strict=True):
         np.testing.assert_array_equal(row, load_volume(manifest.scans[index].path, AS_STORED).astype(np.float16))
-    assert calls == [(1, 3), (2, 3), (3, 3)]
+    assert calls == [(0, 3), (1, 3), (2, 3), (3, 3)]
     batch[:] = 0
     assert cache.read(np.array([2])).any()
     assert cache.read([]).shape == (0, 12, 14, 10)
@@ -95,16 +100,123 @@ def test_a_second_opening_decodes_nothing(tmp_path: Path, decoded: list[str]) ->
     assert first == second
 
 
+def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = site_of(tmp_path)
+    hashed: list[str] = []
+    digest = cache_module._file_digest
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(cache_module, "_file_digest", counted)
+    open_cache(manifest, AS_STORED, tmp_path / "cache")
+    open_cache(manifest, AS_STORED, tmp_path / "cache")
+    assert len(hashed) == 6  # so fresh that they may change again within a tick of the clock
+
+    monkeypatch.setattr(cache_module, "SETTLED_S", -1.0)
+    open_cache(manifest, AS_STORED, tmp_path / "cache")
+    open_cache(manifest, AS_STORED, tmp_path / "cache")
+    assert len(hashed) == 9
+
+    changed, content = manifest.scans[1].path, manifest.scans[2].path.read_bytes()
+    times = changed.stat()
+    changed.write_bytes(content)
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))
+    open_cache(manifest, AS_STORED, tmp_path / "cache")
+    assert hashed[9:] == [changed.name]
+
+    (tmp_path / "cache" / "files.json").write_text("{broken")
+    open_cache(manifest, AS_STORED, tmp_path / "cache")
+    assert len(hashed) == 13
+
+
+def copied(scan: Scan, name: str, **changes: object) -> Scan:
+    """Another scan with the same picture, stored in another way."""
+    path = scan.path.parent / name
+    image = nib.load(scan.path)
+    turned = image.as_reoriented(nib.orientations.axcodes2ornt("LPS"))
+    nib.save(nib.Nifti2Image(turned.get_fdata(), turned.affine), path)
+    return replace(scan, path=path, **changes)  # type: ignore[arg-type]
+
+
 def test_identical_files_are_decoded_once(tmp_path: Path, decoded: list[str]) -> None:
     manifest = site_of(tmp_path)
-    copy = tmp_path / "sub-9_T1w.nii.gz"
-    copy.write_bytes(manifest.scans[0].path.read_bytes())
-    twin = replace(manifest.scans[0], subject="sub-9", path=copy)
+    twin = replace(manifest.scans[0], session="ses-2", path=tmp_path / "again_T1w.nii.gz")
+    twin.path.write_bytes(manifest.scans[0].path.read_bytes())
 
-    cache, _ = open_cache(replace(manifest, scans=(*manifest.scans, twin)), AS_STORED, tmp_path / "cache")
+    open_cache(replace(manifest, scans=(*manifest.scans, twin)), AS_STORED, tmp_path / "cache")
 
-    assert (len(cache), len(decoded)) == (4, 3)
-    np.testing.assert_array_equal(*cache.read([0, 3]))
+    assert len(decoded) == 3
+
+
+def test_a_picture_twice_under_one_subject_is_used_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = site_of(tmp_path)
+    twin = copied(manifest.scans[0], "again_T1w.nii", session="ses-2")
+
+    cache, readable = open_cache(replace(manifest, scans=(*manifest.scans, twin)), AS_STORED, tmp_path / "cache")
+
+    assert readable.scans == manifest.scans
+    assert len(cache) == 3
+    assert readable.problem_counts() == {"copy": 1}
+    assert "again_T1w.nii" in caplog.text
+    check_problem_share(readable)
+
+
+def test_a_picture_under_two_subjects_is_not_used_at_all(tmp_path: Path) -> None:
+    manifest = site_of(tmp_path)
+    twin = copied(manifest.scans[0], "sub-9_T1w.nii", subject="sub-9")
+
+    cache, readable = open_cache(replace(manifest, scans=(*manifest.scans, twin)), AS_STORED, tmp_path / "cache")
+
+    assert [scan.subject for scan in readable.scans] == ["sub-1", "sub-2"]
+    np.testing.assert_array_equal(cache.read([0])[0], (head() * 2).astype(np.float16))
+    assert readable.problem_counts() == {"duplicate": 2}
+    assert all("sub-9_T1w.nii" in problem.what and "Find out whose it is" in problem.what for problem in readable.problems)
+    with pytest.raises(ValueError, match="duplicate 2"):
+        check_problem_share(readable)
+
+
+def test_bytes_hold_a_normalised_scan_to_half_a_step(tmp_path: Path) -> None:
+    settings = replace(AS_STORED, normalisation="robust", stored="uint8")
+    manifest = site_of(tmp_path)
+    for number, scan in enumerate(manifest.scans):
+        save(scan.path, head() + np.random.default_rng(number).normal(0, 5, (12, 14, 10)))
+
+    cache, manifest = open_cache(manifest, settings, tmp_path / "cache")
+    stored = cache.read([0, 1, 2])
+
+    assert stored.dtype == np.uint8
+    for values, scan in zip(stored, manifest.scans, strict=True):
+        np.testing.assert_allclose(values * cache.unit, load_volume(scan.path, settings), atol=0.5 / 255 + 1e-6)
+    inputs = SiteData("north", manifest.scans, (0, 1, 2), VolumeStore(cache)).inputs([1], torch.device("cpu"))
+    assert inputs.shape == (1, 1, 12, 14, 10)
+    np.testing.assert_allclose(inputs[0, 0].numpy(), stored[1] / 255, atol=1e-6)
+
+
+def test_what_there_is_to_do_is_told_before_it_is_done(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = site_of(tmp_path)
+    open_cache(replace(manifest, scans=manifest.scans[:1]), AS_STORED, tmp_path / "cache")
+
+    plan = plan_build(manifest, AS_STORED, tmp_path / "cache")
+    with caplog.at_level(logging.INFO, "isocenter"):
+        open_cache(manifest, AS_STORED, tmp_path / "cache")
+
+    assert (plan.num_images, plan.num_missing, plan.missing_bytes) == (3, 2, 2 * 2 * 12 * 14 * 10)
+    assert "preparing 2 of 3 images, 0.0 MB" in caplog.text
+    assert plan_build(manifest, AS_STORED, tmp_path / "cache").num_missing == 0
+
+
+def test_a_disk_that_is_too_small_stops_before_anything_is_decoded(
+    tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = SimpleNamespace(free=10_000)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: full)
+
+    with pytest.raises(CacheError, match=r"must have 0\.00 GB for 3 images, got 0\.00 GB free\. Free some"):
+        open_cache(site_of(tmp_path), AS_STORED, tmp_path / "cache")
+
+    assert decoded == []
 
 
 def test_other_content_other_settings_and_other_code_are_other_entries(
@@ -166,7 +278,7 @@ def test_unreadable_scans_leave_the_manifest_and_are_named_in_the_local_log_only
     assert len(cache) == 2
     np.testing.assert_array_equal(cache.read([1])[0], load_volume(manifest.scans[3].path, AS_STORED).astype(np.float16))
     assert readable.problem_counts() == {"unreadable": 2}
-    assert calls[-1] == (4, 4)
+    assert calls[-1] == (3, 3)  # the missing file is no image to make ready
     for scan in manifest.scans[1:3]:
         assert str(scan.path) in caplog.text
     with pytest.raises(ValueError, match="got 2 of 4, unreadable 2") as raised:
@@ -178,17 +290,17 @@ def test_a_build_that_stops_leaves_no_half_entry_and_goes_on_where_it_was(
     tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = site_of(tmp_path)
-    saved = np.save
+    header = cache_module._npy_header
 
-    def full_disk(file: object, array: NDArray[np.float16]) -> None:
+    def full_disk(values: NDArray[np.float16]) -> bytes:
         if len(decoded) == 2:
             raise OSError(28, "No space left on device")
-        saved(file, array)  # type: ignore[arg-type]
+        return header(values)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module.np, "save", full_disk)
+        patched.setattr(cache_module, "_npy_header", full_disk)
         with pytest.raises(OSError, match="No space left"):
-            open_cache(manifest, AS_STORED, tmp_path / "cache")
+            open_cache(manifest, AS_STORED, tmp_path / "cache", num_workers=1)
     assert not list(tmp_path.glob("cache/*/*.tmp"))
     num_decoded = len(decoded)
     num_stored = len(list(tmp_path.glob("cache/*/*.npy")))
@@ -200,7 +312,35 @@ def test_a_build_that_stops_leaves_no_half_entry_and_goes_on_where_it_was(
     assert readable.problems == ()
 
 
-def test_builds_at_the_same_time_agree(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_when_the_scan_is_first_read_and_mended(
+    tmp_path: Path, decoded: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, manifest = open_cache(site_of(tmp_path), AS_STORED, tmp_path / "cache")
+    expected = cache.read([0, 1, 2])
+    content = bytearray(cache.paths[1].read_bytes())
+    content[1000] ^= 1
+    cache.paths[1].write_bytes(content)
+
+    again, _ = open_cache(manifest, AS_STORED, tmp_path / "cache")
+    np.testing.assert_array_equal(again.read([0, 1, 2]), expected)
+
+    assert decoded[3:] == ["sub-1_T1w.nii.gz"]
+    assert f"{cache.paths[1]} is damaged" in caplog.text
+
+
+def test_an_entry_lost_in_a_run_is_mended_but_not_from_another_image(tmp_path: Path) -> None:
+    cache, manifest = open_cache(site_of(tmp_path), AS_STORED, tmp_path / "cache")
+    expected = cache.read([1])
+    cache.paths[1].unlink()
+    np.testing.assert_array_equal(cache.read([1]), expected)
+
+    cache.paths[1].unlink()
+    save(manifest.scans[1].path, head() * 9)
+    with pytest.raises(VolumeError, match="has changed since the run began"):
+        cache.read([1])
+
+
+def test_builds_at_the_same_time_decode_once_and_agree(tmp_path: Path, decoded: list[str]) -> None:
     manifest = site_of(tmp_path, num_scans=6)
     together = threading.Barrier(4)
     batches = []
@@ -218,6 +358,7 @@ def test_builds_at_the_same_time_agree(tmp_path: Path) -> None:
     assert len(batches) == 4
     for batch in batches:
         np.testing.assert_array_equal(batch, batches[0])
+    assert sorted(decoded) == [scan.path.name for scan in manifest.scans]
     assert len(list(tmp_path.glob("cache/*/*"))) == 6
 
 

@@ -8,6 +8,7 @@ import torch
 
 from client.site import holdings, this_site
 from core.config import CONFIGS, RunConfig, load_config
+from core.data.feed import Ring, Waited
 from core.data.site import SiteData
 from core.models import Pretrainer, build_pretrainer
 from core.moments import GroupMoments
@@ -89,7 +90,7 @@ def test_both_spaces_are_the_sum_of_each(two_scanners: tuple[str, SiteData]) -> 
     terms = {}
     for space in ("h", "z", "both"):
         config = load_config(f"{overrides} debias.space={space}")
-        terms[space] = next(pretraining_losses(model_of(config), data, config, 2, CPU, {}, {}))["fairkl"].detach()
+        terms[space] = next(pretraining_losses(model_of(config), data, config, 2, CPU, {}, {}, Waited()))["fairkl"].detach()
     assert float(terms["both"]) == pytest.approx(float(terms["h"]) + float(terms["z"]), rel=1e-6)
 
 
@@ -98,22 +99,23 @@ def test_the_second_view_of_multi_instance_pairs_shows_the_second_scan(
 ) -> None:
     overrides, data = two_scanners
     asked = []
-    inputs = SiteData.inputs
+    read = SiteData.read
 
-    def spy(self: SiteData, indices: list[int], device: torch.device) -> torch.Tensor:
+    def spy(self: SiteData, indices: list[int], device: torch.device, ring: Ring | None = None) -> torch.Tensor:
         asked.append(list(indices))
-        return inputs(self, indices, device)
+        return read(self, indices, device, ring)
 
-    monkeypatch.setattr(SiteData, "inputs", spy)
-    config = load_config(f"{overrides} sampling=multi_instance debias=none")
-    next(pretraining_losses(model_of(config), data, config, 1, CPU, {}, {}))
-    first, second = asked
+    monkeypatch.setattr(SiteData, "read", spy)
+    config = load_config(f"{overrides} sampling=multi_instance debias=none local_steps=1")
+    next(pretraining_losses(model_of(config), data, config, 1, CPU, {}, {}, Waited()))
+    ((*both,),) = asked
+    first, second = both[: len(both) // 2], both[len(both) // 2 :]
     assert [data.scans[i].subject for i in first] == [data.scans[i].subject for i in second]
     assert first != second
     asked.clear()
-    config = load_config(f"{overrides} debias=none")
-    next(pretraining_losses(model_of(config), data, config, 1, CPU, {}, {}))
-    assert len(asked) == 1
+    config = load_config(f"{overrides} debias=none local_steps=1")
+    next(pretraining_losses(model_of(config), data, config, 1, CPU, {}, {}, Waited()))
+    assert [len(indices) for indices in asked] == [len(first)]
 
 
 def test_a_split_without_scans_has_representations_of_no_row(two_scanners: tuple[str, SiteData]) -> None:

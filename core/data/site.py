@@ -1,19 +1,28 @@
 """The scans of one site, table rows beside what a net is given of them: volumes or features."""
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from core.data.bids import list_sites, read_site
-from core.data.cache import VolumeCache, open_cache
+from core.data.cache import VolumeCache, mask_digest, open_cache
+from core.data.feed import Ring
+from core.data.files import Layout, detect_layout, list_file_sites, read_files
+from core.data.labels import Columns
 from core.data.manifest import Manifest, Scan
+from core.data.openbhb import list_openbhb_sites, read_openbhb
 from core.data.volumes import VolumeSettings
+
+
+def default_cache_root() -> Path:
+    """``$ISOCENTER_CACHE``, else a folder in the user's cache."""
+    return Path(os.environ.get("ISOCENTER_CACHE") or Path.home() / ".cache" / "isocenter")
 
 
 class Store(Protocol):
@@ -21,14 +30,26 @@ class Store(Protocol):
 
     @property
     def num_inputs(self) -> int:
-        """Channels of a volume or features of a row: the size of axis 1."""
+        """Channels of an image or features of a row: the first number of ``shape``."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input: (C, X, Y, Z), (C, X, Y) or (F,)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the stored numbers."""
+
+    @property
+    def unit(self) -> float:
+        """What 1 in the stored numbers is worth; 1 but where images are kept as bytes."""
 
     @property
     def signature(self) -> str:
         """The same text at sites whose inputs mean the same."""
 
-    def read(self, indices: Sequence[int]) -> NDArray[Any]:
-        """Inputs (B, num_inputs, ...) of the scans with these numbers, a copy."""
+    def fill(self, target: Tensor, indices: Sequence[int]) -> None:
+        """Copy the inputs of the scans with these numbers, in multiples of ``unit``, to a CPU tensor (B, *shape) of any type."""
 
 
 class Source(Protocol):
@@ -37,7 +58,7 @@ class Source(Protocol):
     def __hash__(self) -> int: ...
 
     def sites(self) -> tuple[str, ...]:
-        """Names of the sites it holds, sorted."""
+        """Names of the sites it holds, always in the same order."""
 
     def open(self, site: str) -> tuple[Manifest, Store]:
         """The scans of one site, and their inputs in the same order."""
@@ -55,31 +76,79 @@ class VolumeStore:
         return 1
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """One channel, then the grid."""
+        return (1, *self.cache.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the cache."""
+        return {"float16": torch.float16, "uint8": torch.uint8}[self.cache.settings.stored]
+
+    @property
+    def unit(self) -> float:
+        """That of the cache."""
+        return self.cache.unit
+
+    @property
     def signature(self) -> str:
-        """The grid, on which a run's configuration brings every site."""
-        return f"volumes {self.cache.shape}"
+        """The grid, on which a run's configuration brings every site, and the mask."""
+        return f"volumes {self.cache.shape} {mask_digest(self.cache.settings)}".strip()
 
-    def read(self, indices: Sequence[int]) -> NDArray[Any]:
-        """Volumes (B, 1, X, Y, Z), float16."""
-        return self.cache.read(indices)[:, None]
+    def fill(self, target: Tensor, indices: Sequence[int]) -> None:
+        """Copy volumes to (B, 1, X, Y, Z)."""
+        self.cache.fill(target[:, 0], indices)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """BIDS folders, decoded to a cache; see ``bids`` and ``volumes``."""
+    """A folder of images, decoded to a cache; the keys of `core.config.ImageData`, with the places of this machine."""
 
     root: Path
+    layout: Literal["auto", "bids", "files", "openbhb"]
     suffix: str
+    derivatives: str | None
+    participants: Path | None
+    pattern: str | None
+    columns: Columns
+    modality: Literal["vbm", "quasiraw"]
     settings: VolumeSettings
     cache_root: Path
 
     def sites(self) -> tuple[str, ...]:
-        """Names of the sites below the folder."""
-        return list_sites(self.root)
+        """Names of the sites below the folder, in order."""
+        match self.known_layout():
+            case "bids":
+                return list_sites(self.root, participants=self.participants, columns=self.columns)
+            case "openbhb":
+                return list_openbhb_sites(self.root)
+            case "files":
+                return list_file_sites(self.root, table=self.participants, pattern=self.pattern, columns=self.columns)
+
+    def known_layout(self) -> Layout:
+        """``layout``, or what the folder looks like."""
+        return detect_layout(self.root) if self.layout == "auto" else self.layout
+
+    def manifest(self, site: str) -> Manifest:
+        """The site's scans as its tables and file names tell them; no image is opened."""
+        match self.known_layout():
+            case "bids":
+                return read_site(
+                    self.root,
+                    site,
+                    suffix=self.suffix,
+                    derivatives=self.derivatives,
+                    participants=self.participants,
+                    columns=self.columns,
+                )
+            case "openbhb":
+                return read_openbhb(self.root, site, self.modality)
+            case "files":
+                return read_files(self.root, site, table=self.participants, pattern=self.pattern, columns=self.columns)
 
     def open(self, site: str) -> tuple[Manifest, VolumeStore]:
         """The site's readable scans; the first time each is decoded."""
-        cache, manifest = open_cache(read_site(self.root, site, suffix=self.suffix), self.settings, self.cache_root)
+        cache, manifest = open_cache(self.manifest(site), self.settings, self.cache_root)
         return manifest, VolumeStore(cache)
 
 
@@ -113,9 +182,26 @@ class SiteData:
         return self.select(lambda scan: self.scans[first[scan.subject]] == scan)
 
     def inputs(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """Volumes (N, 1, X, Y, Z) or rows (N, F), float32, on the device."""
-        array = self.store.read([self.positions[i] for i in indices])
-        return torch.from_numpy(array).to(device).float()
+        """Volumes (N, C, X, Y, Z), images (N, C, X, Y) or rows (N, F), float32, on the device."""
+        return self.on_device(self.read(indices, device), device)
+
+    def read(self, indices: Sequence[int], device: torch.device, ring: Ring | None = None) -> Tensor:
+        """What `inputs` begins with: read, and made ready for the way to the device; any thread may do this.
+
+        With a ``ring`` the result is one of its tensors.
+        """
+        shape, on_cpu = (len(indices), *self.store.shape), device.type == "cpu"
+        dtype = torch.float32 if on_cpu else self.store.dtype
+        target = (
+            torch.empty(shape, dtype=dtype, pin_memory=not on_cpu) if ring is None else ring.turn(shape, dtype, pinned=not on_cpu)
+        )
+        self.store.fill(target, [self.positions[i] for i in indices])
+        return target
+
+    def on_device(self, stored: Tensor, device: torch.device) -> Tensor:
+        """What `inputs` ends with: numbers that `read` gave, float32, on the device, in their own unit; they may be changed."""
+        inputs = stored.to(device, non_blocking=True).float()
+        return inputs if self.store.unit == 1.0 else inputs.mul_(self.store.unit)
 
     def ages(self) -> Tensor:
         """(N,) years, float64, NaN where unknown."""
