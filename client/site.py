@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from core.config import RunConfig
+from core.config import ConfigError, DataConfig, RunConfig
 from core.data.manifest import MAX_UNUSABLE, check_problem_share, split_by_subject
 from core.data.site import SiteData, Source, Store, default_cache_root
 from core.evaluation.embeddings import Embeddings
@@ -28,7 +28,17 @@ POLICY_KEYS = {
 # The key of the node config that tells each place the data may have.
 PLACE_KEYS = {"root": "data-root", "table": "data-root", "participants": "participants", "mask": "mask"}
 FLOWER_KEYS = {"partition-id", "num-partitions"}
-NODE_KEYS = {"site", *PLACE_KEYS.values(), "cache-root", "device", "threads", "max-unusable", "share-per-scan", *POLICY_KEYS}
+NODE_KEYS = {
+    "site",
+    *PLACE_KEYS.values(),
+    "cache-root",
+    "device",
+    "threads",
+    "max-unusable",
+    "reading",
+    "share-per-scan",
+    *POLICY_KEYS,
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +99,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
         policy = {field: int(str(node_config[key])) for key, field in POLICY_KEYS.items() if key in node_config}
         return Site(
             name=str(node_config["site"]),
-            source=config.data.source(cache_root, places),
+            source=read_as(config.data, node_config).source(cache_root, places),
             device=device,
             threads=int(str(node_config["threads"])) if "threads" in node_config else None,
             max_unusable=float(str(node_config.get("max-unusable", MAX_UNUSABLE))),
@@ -119,6 +129,17 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
         moments=config.simulation.moment_policy(),
         share_per_scan=config.simulation.share_per_scan,
     )
+
+
+def read_as(data: DataConfig, node_config: Mapping[str, object]) -> DataConfig:
+    """How this site's files are read: as the run says, but for what the site tells in ``reading``."""
+    try:
+        return data.read_as(str(node_config.get("reading", "")))
+    except ConfigError as error:
+        log.error("%s", error)
+        raise SiteError(
+            "node_config", f"reading must hold only {', '.join(data.READING)}, each as data has it; see its log."
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -73,6 +75,8 @@ class DataConfig(Closed, ABC):
     PLACES: ClassVar[tuple[str, ...]]
     """Keys that hold a folder or file of this machine."""
 
+    READING: ClassVar[tuple[str, ...]] = ()
+    """Keys that say how files are to be read: a real site may tell its own."""
     inputs: ClassVar[Literal["images", "table"]]
     """What nets and views must be made for."""
 
@@ -103,6 +107,27 @@ class DataConfig(Closed, ABC):
         """Axes of an image; what rows of features have instead does not matter."""
         return 3
 
+    def read_as(self, overrides: str) -> Self:
+        """The same, but for what a site tells of its own files: keys of `READING` without ``data.``, as a shell would split them.
+
+        Raises:
+            ConfigError: another key, or a value that it cannot have.
+        """
+        plain = self.model_dump()
+        for override in _parsed(shlex.split(overrides)):
+            key, _, inner = override.key_or_group.partition(".")
+            if key not in self.READING or (inner and not isinstance(plain[key], dict)):
+                raise ConfigError(f"reading: a key must be one of {', '.join(self.READING)}, got {override.key_or_group!r}.")
+            if inner:
+                plain[key][inner] = override.value()
+            else:
+                plain[key] = override.value()
+        try:
+            return type(self).model_validate(plain)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"reading: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+
     @property
     def places(self) -> dict[str, Path | None]:
         """The folders and files of this machine that the configuration names, by key."""
@@ -113,6 +138,7 @@ class ImageData(DataConfig):
     """Folders of images, and the grid that they are brought to."""
 
     PLACES = ("root", "participants", "mask")
+    READING = ("layout", "suffix", "derivatives", "pattern", "columns", "modality")
     inputs = "images"
 
     kind: Literal["images"] = "images"
@@ -166,6 +192,7 @@ class MedMnistData(DataConfig):
     """A MedMNIST subset: small images, 2-D or 3-D, with official splits."""
 
     PLACES = ("root",)
+    READING = ("controls",)
     inputs = "images"
 
     kind: Literal["medmnist"]
@@ -189,6 +216,7 @@ class TableData(DataConfig):
     """A table of features, one row a subject."""
 
     PLACES = ("table", "participants")
+    READING = ("columns",)
     inputs = "table"
 
     kind: Literal["table"]
@@ -430,6 +458,14 @@ class RunConfig(Closed):
         return 2 if isinstance(self.objective, Joint) else None
 
 
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """Overrides of values by Hydra's grammar."""
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"reading: {_quoted(str(error), overrides)}") from None
+
+
 def _keys(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     keys = []
     for key, value in tree.items():
@@ -465,7 +501,16 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
             # A bare key is often the last part of a dotted one: "root" for "data.root".
             near += [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2] and name not in near]
             return f"config: an override must name a known key, got {key!r}; nearest: {', '.join(near) or 'none'}."
-    return f"config: {text}"
+    return f"config: {_quoted(text, overrides)}"
+
+
+def _quoted(text: str, overrides: Sequence[str]) -> str:
+    """Hydra's complaint, or how to write a value that its grammar takes for something else."""
+    odd = next((o for o in overrides if re.search(r"[{}<>;&,() ]", o.partition("=")[2]) and '"' not in o), None)
+    if odd is None or "input" not in text:
+        return " ".join(text.split())
+    key, _, value = odd.partition("=")
+    return f"{key}: such a value must stand in double quotes, these in single ones for the shell: '{key}=\"{value}\"'."
 
 
 def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:

@@ -345,7 +345,7 @@ class SiteRounds(FedAvg):
         left = (now - self.started) / round_number * (self.num_rounds - round_number)
         losses = "  ".join(f"{site} {value['loss']:.3f}" for site, value in values.items())
         log.info(
-            "%s  round %d/%d  loss  %s  %.1f s, %.1f %% of it waiting for data, %s left",
+            "%s  round %d/%d  loss  %s  %.1f s, steps waited %.1f %% for data, %s left",
             self.stage,
             round_number,
             self.num_rounds,

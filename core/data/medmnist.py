@@ -10,11 +10,9 @@ import re
 import shutil
 import zipfile
 import zlib
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +113,16 @@ class Images:
 
     def fill(self, target: Tensor, indices: Sequence[int]) -> None:
         """Copy images to (B, C, *grid)."""
-        starts = [0, *accumulate(map(len, self.arrays))]
-        for row, position in zip(target, self.positions[list(indices)].tolist(), strict=True):
-            split = bisect_right(starts, position) - 1
-            image = torch.from_numpy(self.arrays[split][position - starts[split]].copy())
-            image = image[None] if self.channels == 1 else image.movedim(-1, 0)
-            # Arrays of flat images hold rows.
-            row.copy_(image.mT if image.ndim == 3 else image)
+        wanted = self.positions[list(indices)]
+        start = 0
+        for array in self.arrays:
+            here = (wanted >= start) & (wanted < start + len(array))
+            if here.any():
+                images = torch.from_numpy(array[wanted[here] - start])
+                images = images[:, None] if self.channels == 1 else images.movedim(-1, 1)
+                # Arrays of flat images hold rows.
+                target[torch.from_numpy(here)] = (images.mT if images.ndim == 4 else images).to(target.dtype)
+            start += len(array)
 
 
 @dataclass(frozen=True)
