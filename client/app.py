@@ -61,6 +61,10 @@ from core.training import NotFiniteError, TrainResult, embed, pretrain
 
 log = logging.getLogger("isocenter")
 app = ClientApp()
+if not log.handlers:
+    # The site's own log, standard error: what was found, how far a long preparation is, what is wrong with which scan.
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
 
 
 @dataclass(frozen=True)

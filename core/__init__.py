@@ -2,7 +2,7 @@
 
 config      RunConfig and load_config: what a run is
 seeding     where every random number comes from
-data        what a site holds: manifest, labels, readers, decode, volumes, cache, site, sampling, feed, augment, views
+data        what a site holds: manifest, labels, readers, decode, volumes, cache, site, sampling, feed, augment, views, preflight
 models      encoders, projector, classifier
 losses      objectives, label kernels, FairKL; usable on their own
 messages    what every message of a site is checked for
@@ -16,7 +16,7 @@ privacy     hardening of what leaves a site
 exchange    what crosses the wire
 checkpoint  weights on disk
 evaluation  site-effect removal, probes, intervals
-report      evaluations to a page
+report      evaluations to a page; report_check: what a folder of scans holds, to a screen
 cli         the console script
 """
 

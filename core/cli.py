@@ -79,6 +79,73 @@ def evaluate(
         raise typer.Exit(2) from None
 
 
+@app.command()
+def check(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Folder of images; or a MedMNIST .npz, or a table of features (.csv, .tsv).", show_default=False),
+    ],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON, and nothing else.")] = False,
+    share: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write here what may be sent to the coordinator: rounded counts, small ones hidden; no id, path or name.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for check.json and montage.png.", show_default="check-<name of FOLDER>"),
+    ] = None,
+    montage: Annotated[int, typer.Option(min=0, max=200, help="Scans in the picture, the odd ones first; 0: no picture.")] = 12,
+    quick: Annotated[bool, typer.Option("--quick", help="Read tables and headers only; decode nothing.")] = False,
+) -> None:
+    """Say what a run would find in a folder of scans, before it starts.
+
+    What can be used, what cannot and why, what looks odd, what it costs.
+    Tables and file names are joined, every header is read, then every scan
+    is decoded into the cache that a run with the same settings reads, so
+    nothing is decoded twice. FOLDER is not changed (choose the cache with
+    ISOCENTER_CACHE), and nothing leaves this machine.
+
+    FOLDER holds images; it may be a MedMNIST .npz or a table of features
+    (.csv, .tsv) too. It chooses data=folder and data.root (or data=medmnist,
+    data=roi) of the run whose OVERRIDES follow:
+    data.layout, data.suffix, data.pattern, data.participants, data.columns.*,
+    data.voxel_size_mm, data.shape and the like say how it is read.
+
+    Examples:
+    isocenter check /data/hospital
+
+    isocenter check /data/hospital --quick --share counts.json
+
+    isocenter check /data/hospital data.voxel_size_mm=2 'data.shape=[96,112,96]'
+
+    isocenter check /data/ms 'data.pattern="patient{subject}/study{session}_T1W.nii.gz"'
+
+    Exit codes: 0, ready to train. 1, readable, but a run would stop: no scan
+    is left, or of those listed more than the share data.max_unusable cannot
+    be used. 2, not understood: no such folder, no data in it, a bad override.
+    """
+    from core.report_check import check_and_print
+
+    try:
+        code = check_and_print(
+            folder,
+            overrides or [],
+            as_json_only=as_json,
+            share=share,
+            output=output,
+            num_pictures=0 if quick else montage,
+            quick=quick,
+        )
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(code)
+
+
 def checked(overrides: list[str]) -> "RunConfig":  # type: ignore[name-defined] # noqa: F821
     """The configuration, or its one-line fault on standard error and exit code 2."""
     from core.config import ConfigError, load_config

@@ -458,12 +458,21 @@ class RunConfig(Closed):
         return 2 if isinstance(self.objective, Joint) else None
 
 
+def quoted(text: str) -> str:
+    r"""A text as the value of an override, which Hydra reads back: only quotes are escaped, and backslashes before them.
+
+    >>> print(quoted('/data/hôpital "A"'))
+    "/data/hôpital \"A\""
+    """
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ("\\" + found[2] if found[2] else ""), text) + '"'
+
+
 def _parsed(overrides: Sequence[str]) -> list[Override]:
     """Overrides of values by Hydra's grammar."""
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ConfigError(f"reading: {_quoted(str(error), overrides)}") from None
+        raise ConfigError(f"reading: {_how_to_quote(str(error), overrides)}") from None
 
 
 def _keys(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -501,10 +510,10 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
             # A bare key is often the last part of a dotted one: "root" for "data.root".
             near += [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2] and name not in near]
             return f"config: an override must name a known key, got {key!r}; nearest: {', '.join(near) or 'none'}."
-    return f"config: {_quoted(text, overrides)}"
+    return f"config: {_how_to_quote(text, overrides)}"
 
 
-def _quoted(text: str, overrides: Sequence[str]) -> str:
+def _how_to_quote(text: str, overrides: Sequence[str]) -> str:
     """Hydra's complaint, or how to write a value that its grammar takes for something else."""
     odd = next((o for o in overrides if re.search(r"[{}<>;&,() ]", o.partition("=")[2]) and '"' not in o), None)
     if odd is None or "input" not in text:

@@ -1,13 +1,18 @@
 """Commands of one machine: `isocenter run`, `isocenter compare`, `isocenter phantom`."""
 
 import json
+import logging
 import shlex
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from core.cli import Overrides, checked
+
+if TYPE_CHECKING:
+    from core.data.site import Source
 
 APP = Path(__file__).parents[1]
 
@@ -34,6 +39,8 @@ def run(
 
 def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     """Run one simulation with progress on the screen and return its folder; exit 1 with the reason when it fails."""
+    from core.config import quoted
+    from core.data.site import default_cache_root
     from simulations.launch import choose_resources, simulate
 
     config = checked(overrides)
@@ -47,7 +54,9 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
         places["root"] = Path("data/phantom").resolve()
         write_phantom(places["root"], seed=0, scale=1.0)
     try:
-        num_sites = len(config.data.source(Path(), config.data.places | places).sites())
+        source = config.data.source(default_cache_root(), config.data.places | places)
+        num_sites = len(source.sites())
+        prepare(source)
     except ValueError as error:
         fail(str(error))
     name = free_name(output, config.name)
@@ -55,8 +64,8 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     folder.mkdir(parents=True)
     log_path = folder / "flower.log"
     # Quoted twice: for Hydra, whose values know = and spaces, and for the shell-like split of the whole line.
-    placed = [f"data.{key}={json.dumps(str(path))}" for key, path in places.items()]
-    placed += [f"output={json.dumps(str(output))}", f"name={name}"]
+    placed = [f"data.{key}={quoted(str(path))}" for key, path in places.items()]
+    placed += [f"output={quoted(str(output))}", f"name={name}"]
     typer.echo(f"starting {num_sites} virtual sites; everything Flower says goes to {log_path}")
     clients_at_once, gpus_per_client = choose_resources(num_sites)
     outcome = simulate(
@@ -73,6 +82,39 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
         fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}")
     typer.echo(f"finished in {outcome.seconds:.0f} s")
     return folder
+
+
+def prepare(source: "Source") -> None:
+    """Decode what the cache lacks of a folder of images, with a progress bar: the virtual sites find it there.
+
+    What is wrong with single scans is not told here; each site logs and counts it.
+    """
+    from rich.progress import Progress
+
+    from core.data.cache import open_cache, plan_build
+    from core.data.site import ImageSource
+
+    if not isinstance(source, ImageSource):
+        return
+    logger = logging.getLogger("isocenter")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        manifests = [source.manifest(site) for site in source.sites()]
+        plans = [plan_build(manifest, source.settings, source.cache_root) for manifest in manifests]
+        missing = sum(plan.num_missing for plan in plans)
+        if not missing:
+            return
+        megabytes = sum(plan.missing_bytes for plan in plans) / 1e6
+        typer.echo(f"decoding {missing} scans, once: {megabytes:.0f} MB in {source.cache_root}")
+        with Progress(transient=True) as bar:
+            task = bar.add_task("decoding", total=missing)
+            for manifest, plan in zip(manifests, plans, strict=True):
+                before = bar.tasks[0].completed - (plan.num_images - plan.num_missing)
+                move = partial(lambda before, ready, _: bar.update(task, completed=before + ready), before)
+                open_cache(manifest, source.settings, source.cache_root, progress=move)
+    finally:
+        logger.setLevel(level)
 
 
 def free_name(output: Path, name: str) -> str:

@@ -33,7 +33,7 @@ from scipy import stats
 
 from core.checkpoint import load_checkpoint, write_atomically
 from core.cli import Overrides, checked
-from core.config import RunConfig, describe, load_config
+from core.config import RunConfig, describe, load_config, quoted
 from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.outcomes import Outcome, compare_outcomes
@@ -199,7 +199,7 @@ def through_the_apps(method: str, job: Job, data: SitesData) -> tuple[Embeddings
     if folder.exists():  # left by a study that was stopped in the middle
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-    where = [f"output={json.dumps(str(folder.parent.resolve()))}", f"name={name}"]
+    where = [f"output={quoted(str(folder.parent.resolve()))}", f"name={name}"]
     overrides = [*job.seeded, *shlex.split(OURS[method]), "evaluation=none", *where]
     num_sites = len(data.config.data.source(Path(), data.config.data.places).sites())
     nodes = {number + 1: {"partition-id": number, "num-partitions": num_sites} for number in range(num_sites)}

@@ -573,6 +573,7 @@ def data(
     ] = None,
     turns: Annotated[int, typer.Option(min=1, help="Cached epochs of each side.")] = 5,
     first_turns: Annotated[int, typer.Option(min=1, help="First epochs of each side, from nothing.")] = 2,
+    memory: Annotated[bool, typer.Option(help="Measure memory too, each size in a process of its own.")] = True,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
 ) -> None:
     """Time how fast scans are fed to training, against MONAI's PersistentDataset and CacheDataset with the same transforms.
@@ -592,7 +593,8 @@ def data(
     for name, paths in sets.items():
         if len(paths) < 3:
             raise typer.BadParameter(f"a set must have three scans or more, got {len(paths)} in {name}. Name another folder.")
-    feeds, memory = [], {}
+    feeds: list[speed_data.Fed] = []
+    held: dict[str, dict[speed_data.Kind, list[tuple[int, float]]]] = {}
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         for name, paths in sets.items():
@@ -603,15 +605,16 @@ def data(
             except ValueError as error:
                 typer.echo(f"{name}: {error}", err=True)
                 raise typer.Exit(1) from None
-            bar.update(task, description=f"{name}: memory")
-            memory[name] = speed_data.measure_memory(paths)
+            if memory:
+                bar.update(task, description=f"{name}: memory")
+                held[name] = speed_data.measure_memory(paths)
     console = Console(width=120)
     console.print(speed_data.as_table(feeds))
-    for name, found in memory.items():
+    for name, found in held.items():
         console.print(speed_data.as_memory_table(name, found))
     console.print(", ".join(f"{key} {value}" for key, value in speed_data.facts().items()))
     if output:
-        figures = {"machine": speed_data.facts(), "feeds": [asdict(feed) for feed in feeds], "memory": memory}
+        figures = {"machine": speed_data.facts(), "feeds": [asdict(feed) for feed in feeds], "memory_mb": held}
         output.write_text(json.dumps(figures, indent=1))
         typer.echo(f"figures: {output}")
 

@@ -16,6 +16,11 @@ torch.set_num_threads(1)
 TINY = "experiment=tiny finetune=none evaluation=per_scan simulation.share_per_scan=false"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: they mostly wait for servers, while another worker computes."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def write_tiny_site(root: Path, *, seed: int, healthy: int = 12, patients: int = 0, scanners: int = 1, gain: float = 1.0) -> None:
     """A BIDS data set of small volumes: a bright ball that shrinks with age, a dark spot in patients, the scanner's gain."""
     random = np.random.default_rng(seed)

@@ -1,10 +1,11 @@
 """Configurations: every choice composes, every mistake is one line that helps."""
 
+import shlex
 from itertools import product
 
 import pytest
 
-from core.config import CONFIGS, ConfigError, DebiasConfig, describe, load_config
+from core.config import CONFIGS, ConfigError, DebiasConfig, describe, load_config, quoted
 from core.losses import Kernel, NTXent, YAware
 
 
@@ -142,3 +143,10 @@ def test_the_weight_of_debiasing_rises_after_its_warm_up() -> None:
     assert [debias.weight_in_round(r) for r in range(1, 7)] == [0.0, 0.0, 1.0, 2.0, 2.0, 2.0]
     assert [r for r in range(1, 13) if debias.exchanges_in_round(r)] == [3, 6, 9, 12]
     assert not any(DebiasConfig(name="none").exchanges_in_round(r) for r in range(1, 13))
+
+
+@pytest.mark.parametrize("folder", ["/data/hôpital nord", "/a'b", 'C:\\\\x\\"y', "/x\\", "/{a}=[b],$c", "/\U0001f9e0"])
+def test_any_folder_can_be_written_as_an_override(folder: str) -> None:
+    overrides = ["data=folder", f"data.root={quoted(folder)}"]
+    assert str(load_config(overrides).data.root) == folder
+    assert str(load_config(shlex.join(overrides)).data.root) == folder

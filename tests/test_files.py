@@ -210,3 +210,13 @@ def test_ixi_with_its_label_maps() -> None:
     assert {scan.path.parent.name for scan in manifest.scans} == {"nifti"}
     assert manifest.scans[0].age_years == 38.78
     assert manifest.problem_counts() == {"label_image": 10}
+
+
+def test_the_folder_of_one_subject_is_not_a_folder_of_files(tmp_path: Path) -> None:
+    image = tmp_path / "sub-0101" / "anat" / "sub-0101_T1w.nii.gz"
+    image.parent.mkdir(parents=True)
+    image.touch()
+
+    with pytest.raises(ValueError, match="must be the folder of all subjects"):
+        detect_layout(tmp_path / "sub-0101")
+    assert detect_layout(tmp_path) == "bids"

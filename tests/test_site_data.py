@@ -130,10 +130,10 @@ def test_layouts_are_found_by_what_a_folder_holds_and_may_be_told(
         assert isinstance(opened, ImageSource)
         return opened
 
-    assert source(tmp_path / "bids").known_layout() == "bids"
-    assert source(visits).known_layout() == "files"
-    assert source(tmp_path / "openbhb").known_layout() == "openbhb"
-    assert source(tmp_path / "bids", "files").known_layout() == "files"
+    assert source(tmp_path / "bids").known_layout == "bids"
+    assert source(visits).known_layout == "files"
+    assert source(tmp_path / "openbhb").known_layout == "openbhb"
+    assert source(tmp_path / "bids", "files").known_layout == "files"
     assert source(tmp_path / "bids").sites() == ("bids",)
     _, store = source(tmp_path / "bids").open("bids")
     assert isinstance(store, VolumeStore)

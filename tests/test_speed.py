@@ -1,16 +1,20 @@
 """The comparison of speeds: what is compared agrees, and what does not agree is found. No timing is asserted."""
 
+import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from simulations import speed
+from simulations import speed, speed_data
 
 NUM_SCANS = 16
 
@@ -175,3 +179,75 @@ def test_operators_of_torchvision_are_declared_where_its_build_does_not_fit(monk
     assert [pair.against for pair in speed.lightly_pairs()] == ["lightly"] * 3
     assert imported == ["lightly.loss"] * 2
     assert declared == [True]
+
+
+@pytest.fixture
+def few_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Five small heads, and the small grid that both sides bring them to."""
+    monkeypatch.setattr(speed_data, "SETTINGS", replace(speed_data.SETTINGS, voxel_size_mm=4.0, shape=(20, 24, 20)))
+    x, y, z = np.meshgrid(*[np.linspace(-1, 1, size) for size in (20, 24, 20)], indexing="ij")
+    for number in range(5):
+        random = np.random.default_rng(number)
+        values = 100 * (x**2 + y**2 + z**2 < 0.8) * (2 + x + 0.3 * y) + random.normal(0, 3, (20, 24, 20))
+        nib.save(nib.Nifti1Image(values.astype(np.float32), np.diag([4.0, 4, 4, 1])), tmp_path / f"sub-{number}_T1w.nii.gz")
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "mask.nii.gz")
+    return speed_data.find_scans(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")  # MONAI's and torch's own
+def test_every_side_feeds_every_scan_in_two_views(few_scans: list[Path]) -> None:
+    assert len(few_scans) == 5
+    told: list[str] = []
+
+    feeds = speed_data.compare_feeds("few", few_scans, first_turns=1, turns=2, on_turn=told.append)
+
+    assert feeds[0].side == "ours"
+    assert {feed.side.split(",")[0] for feed in feeds[1:]} == {"PersistentDataset", "CacheDataset"}
+    assert all(len(feed.first) == 1 and len(feed.cached) == 2 and min(feed.first + feed.cached) > 0 for feed in feeds)
+    assert feeds[0].cached_ratio == (1.0, 1.0, 1.0)
+    assert feeds[1].correlation > 0.95
+    assert any("cached epoch, PersistentDataset, 0 workers, turn 2 of 2" in text for text in told)
+    assert "PersistentDataset" in printed(speed_data.as_table(feeds))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_views_of_both_sides_are_two_different_ones_of_each_scan(few_scans: list[Path], tmp_path: Path) -> None:
+    sides = (
+        speed_data.Ours(few_scans, tmp_path / "a"),
+        speed_data.Theirs("persistent", 0, few_scans, tmp_path / "b"),
+    )
+
+    for side in sides:
+        batch = torch.cat([views.clone() for views in side.epoch()])
+        assert batch.shape == (5, 2, 1, 20, 24, 20)
+        assert (batch[:, 0] != batch[:, 1]).flatten(1).any(1).all()
+        # A box of .3 of each axis is blanked in each.
+        assert np.mean([float(torch.corrcoef(torch.stack([v.flatten() for v in pair]))[0, 1]) > 0.3 for pair in batch]) > 0.9
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sides_that_do_not_do_the_same_are_not_timed(
+    few_scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = speed_data.Ours(few_scans, tmp_path / "a"), speed_data.Theirs("cache", 0, few_scans, tmp_path / "b")
+    list(ours.epoch())
+    assert speed_data.check_alike(ours, theirs) > 0.95
+    monkeypatch.setattr(theirs, "volume", lambda index: ours.volume(index).flip(1))
+
+    with pytest.raises(speed_data.DifferentVolumesError, match="must make alike volumes"):
+        speed_data.check_alike(ours, theirs)
+
+
+def test_memory_is_that_of_the_process_itself(few_scans: list[Path], tmp_path: Path) -> None:
+    assert 50 < speed_data.memory_of_epochs(few_scans, "ours", tmp_path / "a") < 10_000
+    table = printed(speed_data.as_memory_table("few", {"ours": [(3, 100.0), (5, 101.0)], "cache": [(3, 100.0), (5, 200.0)]}))
+    assert "5 scans" in table
+    assert "CacheDataset" in table
+
+
+def printed(table: object) -> str:
+    from rich.console import Console
+
+    console = Console(width=150, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text()

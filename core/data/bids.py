@@ -67,6 +67,10 @@ AGE_KEYS = frozenset({"age", "patientage", "subjectage"})
 _logger = logging.getLogger("isocenter")
 
 
+class OneSubjectError(ValueError):
+    """The folder is that of one subject."""
+
+
 def list_sites(root: Path, *, participants: Path | None = None, columns: Columns | None = None) -> tuple[str, ...]:
     """Names of the sites below ``root``, sorted; a single data set is one site, named as its folder.
 
@@ -238,7 +242,7 @@ def _base(root: Path) -> Path:
     if _is_data_set(root / "rawdata"):
         return root / "rawdata"
     if any((root / name).is_dir() for name in ("anat", "func")) or (any(root.glob("ses-*")) and root.name.startswith("sub-")):
-        raise ValueError(
+        raise OneSubjectError(
             f"data.root: it must be the folder of all subjects, got {str(root)!r}, which is that of one. "
             f"Name the folder above with data.root={root.parent}."
         )

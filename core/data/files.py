@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from core.data.bids import TABLE, find_any_image, list_sites, scanner_name
+from core.data.bids import TABLE, OneSubjectError, find_any_image, list_sites, scanner_name
 from core.data.labels import (
     SESSION_WORDS,
     Columns,
@@ -192,6 +192,8 @@ def layout_and_reason(root: Path) -> tuple[Layout, str]:
         return "openbhb", "it has train/derivatives or val/derivatives"
     try:
         sites = list_sites(root)
+    except OneSubjectError:
+        raise
     except ValueError:
         if _walk(root):
             return "files", f"it has images, and neither {TABLE} nor sub-* folders in the places where BIDS has them"
@@ -272,7 +274,7 @@ def _by_pattern(root: Path, found: Sequence[_Found], pattern: str) -> list[_Foun
     if "subject" not in fields or not set(fields) <= set(FIELDS):
         raise ValueError(
             f"data.pattern: it must have {{subject}}, may have {{session}}, {{site}} and *, got {pattern!r}. "
-            "Write it like data.pattern='raw/patient{subject}/study{session}_T1W.nii.gz'."
+            "Write it like 'data.pattern=\"raw/patient{subject}/study{session}_T1W.nii.gz\"'."
         )
     parts: list[str] = []
     for text in re.split(r"(\{[^{}]*\}|\*+/?)", pattern):

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -117,7 +118,7 @@ class ImageSource:
 
     def sites(self) -> tuple[str, ...]:
         """Names of the sites below the folder, in order."""
-        match self.known_layout():
+        match self.known_layout:
             case "bids":
                 return list_sites(self.root, participants=self.participants, columns=self.columns)
             case "openbhb":
@@ -125,13 +126,14 @@ class ImageSource:
             case "files":
                 return list_file_sites(self.root, table=self.participants, pattern=self.pattern, columns=self.columns)
 
+    @cached_property
     def known_layout(self) -> Layout:
         """``layout``, or what the folder looks like."""
         return detect_layout(self.root) if self.layout == "auto" else self.layout
 
     def manifest(self, site: str) -> Manifest:
         """The site's scans as its tables and file names tell them; no image is opened."""
-        match self.known_layout():
+        match self.known_layout:
             case "bids":
                 return read_site(
                     self.root,
