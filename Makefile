@@ -10,7 +10,7 @@ run: $(INSTALLED)
 	@$(BIN)/isocenter run $(ARGS)
 
 test: $(INSTALLED)
-	@$(BIN)/pytest --numprocesses auto --dist worksteal $(ARGS)
+	@$(BIN)/pytest --numprocesses auto --dist load --maxschedchunk 1 $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check

@@ -77,6 +77,8 @@ class Ours:
     def __init__(self, paths: Sequence[Path], folder: Path) -> None:
         self.paths, self.folder = paths, folder
         self.data: SiteData | None = None
+        # Kept from epoch to epoch, as in a round of training.
+        self.ring, self.viewed = Ring(), torch.empty(2, BATCH_SIZE, 1, *SETTINGS.shape)
 
     def epoch(self) -> Iterator[Tensor]:
         """Both views of every scan, in batches (B, 2, 1, X, Y, Z); the first time all scans are decoded before."""
@@ -87,12 +89,11 @@ class Ours:
             self.data = SiteData("site", manifest.scans, tuple(range(len(manifest.scans))), VolumeStore(cache))
         data, views, generator, unit = self.data, policy(), torch.Generator().manual_seed(0), torch.ones(1)
         batches = [range(start, min(start + BATCH_SIZE, len(data))) for start in range(0, len(data), BATCH_SIZE)]
-        ring, viewed = Ring(), torch.empty(2, BATCH_SIZE, *data.store.shape)
-        for batch, stored in read_ahead(batches, lambda batch: data.read(batch, CPU, ring), Waited()):
-            volumes = data.on_device(stored, CPU)
-            for out in viewed[:, : len(batch)]:
+        for batch, stored in read_ahead(batches, lambda batch: data.read(batch, CPU, self.ring), Waited()):
+            volumes, viewed = data.on_device(stored, CPU), self.viewed[:, : len(batch)]
+            for out in viewed:
                 views.draw(volumes.shape, generator).apply(volumes, unit, out)
-            yield viewed[:, : len(batch)].transpose(0, 1)
+            yield viewed.transpose(0, 1)
 
     def volume(self, index: int) -> Tensor:
         """A scan as it is before views."""
@@ -105,20 +106,22 @@ class Theirs:
 
     def __init__(self, kind: Kind, num_workers: int, paths: Sequence[Path], folder: Path) -> None:
         self.kind, self.num_workers, self.paths, self.folder = kind, num_workers, list(paths), folder
-        self.dataset: Any = None
+        self.loader: Any = None
 
     def epoch(self) -> Iterator[Tensor]:
         """Both views of every scan, in batches; the first time all scans are decoded before."""
         from monai.data import CacheDataset, DataLoader, PersistentDataset
 
-        if self.dataset is None:
+        if self.loader is None:
             transform = monai_transform(policy())
-            self.dataset = (
+            dataset = (
                 PersistentDataset(self.paths, transform, cache_dir=self.folder)
                 if self.kind == "persistent"
                 else CacheDataset(self.paths, transform, num_workers=num_cores(), progress=False)
             )
-        yield from DataLoader(self.dataset, batch_size=BATCH_SIZE, num_workers=self.num_workers)
+            workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+            self.loader = DataLoader(dataset, batch_size=BATCH_SIZE, **workers)
+        yield from self.loader
 
     def volume(self, index: int) -> Tensor:
         """A scan as it is before views."""
@@ -301,7 +304,7 @@ def as_table(feds: Sequence[Fed]) -> "Table":
     from rich.table import Table
 
     table = Table(title="Scans a second, two augmented views of each; ratios with least and greatest turn")
-    table.add_column("scans", no_wrap=True)
+    table.add_column("scans")
     table.add_column("side", no_wrap=True)
     for heading in ("first epoch", "ours / theirs", "cached epoch", "ours / theirs"):
         table.add_column(heading, justify="right", no_wrap=True)

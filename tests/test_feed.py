@@ -89,6 +89,9 @@ def test_a_ring_overwrites_no_batch_that_is_in_use() -> None:
         assert (tensor == batch).all()
         places.add(tensor.data_ptr())
 
-    assert len(places) == len(ring.tensors) == 2
-    assert ring.turn((1, 3), torch.float32, pinned=False).shape == (1, 3)
+    assert len(places) == len(ring.memory) == 2
+    smaller = ring.turn((1, 3), torch.float32, pinned=False)
+    assert smaller.shape == (1, 3)
+    assert smaller.data_ptr() in places
+    assert ring.turn((4, 3), torch.float32, pinned=False).shape == (4, 3)
     assert ring.turn((2, 3), torch.uint8, pinned=False).dtype == torch.uint8

@@ -1,5 +1,6 @@
 """Training's feed: the next batch is read while the model is busy with this one, and what waiting is left is measured."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -33,15 +34,15 @@ class Ring:
     """
 
     def __init__(self, size: int = AHEAD + 1) -> None:
-        self.tensors: list[Tensor] = [torch.empty(0)] * size
+        self.memory: list[Tensor] = [torch.empty(0)] * size
 
     def turn(self, shape: tuple[int, ...], dtype: torch.dtype, *, pinned: bool) -> Tensor:
-        """The tensor whose turn it is, of this shape: it holds what it held, and is overwritten ``size`` turns later."""
-        tensor = self.tensors.pop(0)
-        if tensor.shape != shape or tensor.dtype != dtype:
-            tensor = torch.empty(shape, dtype=dtype, pin_memory=pinned)
-        self.tensors.append(tensor)
-        return tensor
+        """A tensor of this shape in the memory whose turn it is: it holds anything, and is overwritten ``size`` turns later."""
+        memory_N, size = self.memory.pop(0), math.prod(shape)
+        if len(memory_N) < size or memory_N.dtype != dtype:
+            memory_N = torch.empty(size, dtype=dtype, pin_memory=pinned)
+        self.memory.append(memory_N)
+        return memory_N[:size].view(shape)
 
 
 def read_ahead(

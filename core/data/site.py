@@ -194,9 +194,7 @@ class SiteData:
         """
         shape, on_cpu = (len(indices), *self.store.shape), device.type == "cpu"
         dtype = torch.float32 if on_cpu else self.store.dtype
-        target = (
-            torch.empty(shape, dtype=dtype, pin_memory=not on_cpu) if ring is None else ring.turn(shape, dtype, pinned=not on_cpu)
-        )
+        target = (ring or Ring(1)).turn(shape, dtype, pinned=device.type == "cuda")
         self.store.fill(target, [self.positions[i] for i in indices])
         return target
 
