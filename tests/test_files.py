@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_links_are_followed_once_and_broken_ones_are_listed(tmp_path: Path) -> N
 
 
 def test_a_folder_without_images_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"it must hold images \(\.nii\.gz"):
+    with pytest.raises(ValueError, match=r"must hold images \(\.nii\.gz"):
         read_files(tmp_path, "x")
     with pytest.raises(ValueError, match="it must be an existing folder"):
         read_files(tmp_path / "none", "x")
@@ -220,3 +221,29 @@ def test_the_folder_of_one_subject_is_not_a_folder_of_files(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="must be the folder of all subjects"):
         detect_layout(tmp_path / "sub-0101")
     assert detect_layout(tmp_path) == "bids"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("IM0001.dcm", "DICOM, which dcm2niix converts"),
+        ("scan.HDR", "a pair of header and image"),
+        ("a+orig.HEAD", "3dAFNItoNIFTI"),
+        ("b.mnc", "mnc2nii"),
+        ("c.PAR", "PAR/REC"),
+        ("d.nrrd", "save it as .nii.gz"),
+        ("e.nii.bz2", "compress it again"),
+    ],
+)
+def test_images_in_other_formats_are_named_and_told_how_to_convert(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / name).touch()
+    with pytest.raises(ValueError, match=rf"must hold images .*, got 1 files such as {re.escape(name)}: .*{re.escape(words)}"):
+        detect_layout(tmp_path)
+
+    (tmp_path / "sub1.nii.gz").touch()
+    manifest = read_files(tmp_path, "here")
+    assert [scan.path.name for scan in manifest.scans] == ["sub1.nii.gz"]
+    (problem,) = (problem for problem in manifest.problems if problem.kind == "other_format")
+    assert problem.where.endswith(name)
+    assert words in problem.what

@@ -34,6 +34,18 @@ from core.data.manifest import Manifest, Problem, Scan
 
 Layout = Literal["bids", "openbhb", "files"]
 ENDINGS = (".nii.gz", ".nii", ".mgz", ".npy")
+OTHER_FORMATS: Mapping[str, str] = {
+    **dict.fromkeys((".dcm", ".ima"), "DICOM, which dcm2niix converts"),
+    **dict.fromkeys(
+        (".hdr", ".img"), "a pair of header and image; convert its source, for Analyze does not tell left from right"
+    ),
+    **dict.fromkeys((".head", ".brik", ".brik.gz"), "AFNI, which 3dAFNItoNIFTI converts"),
+    **dict.fromkeys((".mnc", ".mnc.gz"), "MINC, which mnc2nii converts"),
+    **dict.fromkeys((".par", ".rec"), "Philips PAR/REC, which dcm2niix converts"),
+    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd", ".mgh.gz"), "no NIfTI; save it as .nii.gz"),
+    **dict.fromkeys((".nii.bz2", ".nii.xz", ".nii.zip", ".nii.zst"), "compressed in another way than .nii.gz; compress it again"),
+}
+"""Files that hold images but are not read, and what to do: each is a problem, so that none is passed over in silence."""
 FIELDS = ("subject", "session", "site")
 SUBJECT_WORDS = frozenset({"sub", "subj", "subject", "patient", "pat", "participant", "person", "case", "id"})
 # A number behind one of these is never a subject's.
@@ -99,8 +111,9 @@ def read_files(
 
     Problems, all logged: "no_image" of a row; "no_row" of an image that names none or several of the table's subjects;
     "label_image", "other_contrast" and "derived_image" of one that was put aside by its own words or since its name is that of
-    another image and more; those of the table (see `labels.read_labels`); "age_of_first_visit" (the table has the age at a first
-    visit alone, and it stands in for that of a later one); "no_site" and "two_sites" as in `bids.read_site`.
+    another image and more; "other_format" of one in a format that is not read (`OTHER_FORMATS`); those of the table (see
+    `labels.read_labels`); "age_of_first_visit" (the table has the age at a first visit alone, and it stands in for that of a
+    later one); "no_site" and "two_sites" as in `bids.read_site`.
 
     Args:
         root: the folder.
@@ -197,6 +210,8 @@ def layout_and_reason(root: Path) -> tuple[Layout, str]:
     except ValueError:
         if _walk(root):
             return "files", f"it has images, and neither {TABLE} nor sub-* folders in the places where BIDS has them"
+        if _other_images(root):
+            raise _no_images(root) from None
         raise
     if not find_any_image(root, sites) and _walk(root):
         return "files", f"it has {TABLE}, and images that have no BIDS names"
@@ -225,8 +240,8 @@ def _joined(
         list_sites(root)
     paths = _walk(root)
     if not paths:
-        raise ValueError(f"data.root: it must hold images ({', '.join(ENDINGS)}), got {str(root)!r} without. Mend the folder.")
-    problems: list[Problem] = []
+        raise _no_images(root)
+    problems = [Problem("other_format", str(path), f"it is {what}") for path, what in _other_images(root)]
     found = [_Found(path, path.relative_to(root).as_posix()) for path in paths]
     found = _by_pattern(root, found, pattern) if pattern is not None else _wanted(found, problems)
     labels = _choose_table(root, found, table, columns)
@@ -249,8 +264,23 @@ def _joined(
     return kept, labels, problems
 
 
-def _walk(root: Path) -> list[Path]:
-    """Every image below a folder, sorted; linked folders are entered once, hidden ones and loops are not."""
+def _no_images(root: Path) -> ValueError:
+    others = _other_images(root)
+    got = f"{len(others)} files such as {others[0][0].name}: {others[0][1]}" if others else "none. Name another folder"
+    return ValueError(f"data.root: {str(root)!r} must hold images ({', '.join(ENDINGS)}), got {got}.")
+
+
+def _other_images(root: Path) -> list[tuple[Path, str]]:
+    """Images below a folder in formats that are not read, and what to do."""
+
+    def what(path: Path) -> str:
+        return next(what for ending, what in OTHER_FORMATS.items() if path.name.lower().endswith(ending))
+
+    return [(path, what(path)) for path in _walk(root, tuple(OTHER_FORMATS))]
+
+
+def _walk(root: Path, endings: tuple[str, ...] = ENDINGS) -> list[Path]:
+    """Every file with such an ending below a folder, sorted; linked folders are entered once, hidden ones and loops are not."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(root, followlinks=True):
@@ -260,7 +290,7 @@ def _walk(root: Path) -> list[Path]:
             continue
         seen.add((state.st_dev, state.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place) / name for name in files if name.endswith(ENDINGS) and not name.startswith(".")]
+        found += [Path(place) / name for name in files if name.lower().endswith(endings) and not name.startswith(".")]
     return sorted(found)
 
 

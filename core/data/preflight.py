@@ -89,6 +89,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "derived_image": Meaning("Another version of a scan that is read.", "Nothing, or ask for it by data.suffix or data.pattern."),
     "double_image": Meaning("A scan that is there in two formats; one is read.", "Nothing, or remove one."),
     "label_image": Meaning("A mask or label map, by its name.", "Nothing, or name the scans with data.pattern."),
+    "other_format": Meaning("An image in a format that is not read.", "Convert it as the example says, or leave it."),
     "other_contrast": Meaning("An image of another contrast, by its name.", "Nothing, or name the scans with data.pattern."),
     "no_age": Meaning("The scan's age is not known; it has no age label.", "Add the age to the table."),
     "bad_age": Meaning("An age that is no number of years from 0 to 120; it is left out.", "Mend the cell."),
