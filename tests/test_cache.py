@@ -6,7 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,15 +290,17 @@ def test_a_build_that_stops_leaves_no_half_entry_and_goes_on_where_it_was(
     tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = site_of(tmp_path)
-    header = cache_module._npy_header
+    write = cache_module._write_whole
 
-    def full_disk(values: NDArray[np.float16]) -> bytes:
-        if len(decoded) == 2:
+    def full_disk(path: Path, parts: Iterable[bytes]) -> None:
+        def cut() -> Iterator[bytes]:
+            yield next(iter(parts))
             raise OSError(28, "No space left on device")
-        return header(values)
+
+        write(path, cut() if len(decoded) == 2 else parts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache_module, "_npy_header", full_disk)
+        patched.setattr(cache_module, "_write_whole", full_disk)
         with pytest.raises(OSError, match="No space left"):
             open_cache(manifest, AS_STORED, tmp_path / "cache", num_workers=1)
     assert not list(tmp_path.glob("cache/*/*.tmp"))

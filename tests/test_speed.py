@@ -202,11 +202,11 @@ def test_every_side_feeds_every_scan_in_two_views(few_scans: list[Path]) -> None
     feeds = speed_data.compare_feeds("few", few_scans, first_turns=1, turns=2, on_turn=told.append)
 
     assert feeds[0].side == "ours"
-    assert {feed.side.split(",")[0] for feed in feeds[1:]} == {"PersistentDataset", "CacheDataset"}
+    assert [feed.side for feed in feeds[1:]] == ["PersistentDataset", "CacheDataset"]
     assert all(len(feed.first) == 1 and len(feed.cached) == 2 and min(feed.first + feed.cached) > 0 for feed in feeds)
     assert feeds[0].cached_ratio == (1.0, 1.0, 1.0)
     assert feeds[1].correlation > 0.95
-    assert any("cached epoch, PersistentDataset, 0 workers, turn 2 of 2" in text for text in told)
+    assert any("cached epoch, PersistentDataset, turn 2 of 2" in text for text in told)
     assert "PersistentDataset" in printed(speed_data.as_table(feeds))
 
 

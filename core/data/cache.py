@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +280,7 @@ def _known_files(cache_root: Path) -> dict[str, list[object]]:
 
 def _plan(entries: Mapping[Path, "_Entry | None"], settings: VolumeSettings, folder: Path) -> BuildPlan:
     num_missing = sum(entry is None for entry in entries.values())
-    size = int(np.prod(settings.shape)) * np.dtype(settings.stored).itemsize
+    size = math.prod(settings.shape) * np.dtype(settings.stored).itemsize
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     return BuildPlan(len(entries), num_missing, num_missing * size, shutil.disk_usage(existing).free)
 
@@ -346,7 +348,7 @@ def _build_entry(path: Path, settings: VolumeSettings, source: Path) -> VolumeEr
             except VolumeError as error:
                 return error
             values = np.rint(volume * 255).astype(np.uint8) if settings.stored == "uint8" else volume.astype(np.float16)
-            _write_whole(path, [_npy_header(values), values.tobytes(), hashlib.sha256(values.data).digest()])
+            _write_whole(path, [_npy_header(settings), values.tobytes(), hashlib.sha256(values.data).digest()])
             return None
     finally:
         # Whoever still waits for it finds the entry; who comes later makes a new lock.
@@ -354,9 +356,12 @@ def _build_entry(path: Path, settings: VolumeSettings, source: Path) -> VolumeEr
             lock.unlink()
 
 
-def _npy_header(values: NDArray[np.generic]) -> bytes:
+@lru_cache(maxsize=64)
+def _npy_header(settings: VolumeSettings) -> bytes:
+    """What every entry begins with: an .npy of the settings' shape and type."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    about = {"descr": np.dtype(settings.stored).str, "fortran_order": False, "shape": settings.shape}
+    np.lib.format.write_array_header_1_0(header, about)
     return header.getvalue()
 
 
@@ -382,22 +387,17 @@ class _Entry:
 
 def _map_entry(path: Path, settings: VolumeSettings) -> _Entry | None:
     """The entry, or None where there is none of the right shape, type and length."""
+    header = _npy_header(settings)
+    size = math.prod(settings.shape) * np.dtype(settings.stored).itemsize
     try:
         with path.open("rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
+            if file.read(len(header)) != header or os.fstat(file.fileno()).st_size != len(header) + size + DIGEST_BYTES:
                 return None
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-            size = int(np.prod(settings.shape)) * np.dtype(settings.stored).itemsize
-            start = file.tell()
-            if shape != settings.shape or dtype != np.dtype(settings.stored) or fortran_order:
-                return None
-            if path.stat().st_size != start + size + DIGEST_BYTES:
-                return None
-            file.seek(start + size)
-            digest = file.read()
-        # Copy on write, because torch warns of memory that must not be written; nothing is.
-        return _Entry(np.memmap(path, dtype, mode="c", offset=start, shape=shape), digest)
-    except (OSError, ValueError, EOFError):
+            # Copy on write, because torch warns of memory that must not be written; nothing is.
+            mapped = np.memmap(file, settings.stored, mode="c", offset=len(header), shape=settings.shape)
+            file.seek(len(header) + size)
+            return _Entry(mapped, file.read())
+    except OSError:
         return None
 
 
