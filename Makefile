@@ -3,6 +3,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# One worker more than cores: the slow tests mostly wait for servers.
+WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 
 .PHONY: run test check install clean
 
@@ -10,7 +12,7 @@ run: $(INSTALLED)
 	@$(BIN)/isocenter run $(ARGS)
 
 test: $(INSTALLED)
-	@$(BIN)/pytest --numprocesses auto --dist load --maxschedchunk 1 $(ARGS)
+	@$(BIN)/pytest --numprocesses $(WORKERS) --dist load --maxschedchunk 1 $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check
