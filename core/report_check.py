@@ -6,7 +6,6 @@ import math
 import shlex
 import statistics
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from core.checkpoint import write_atomically
 from core.config import DataConfig, RunConfig, load_config, quoted
 from core.data.files import layout_and_reason
 from core.data.manifest import UNUSABLE_KINDS, Problem, Scan, split_by_subject
+from core.data.medmnist import image_axes
 from core.data.preflight import (
     MEANINGS,
     MIN_TRAIN_CONTROLS,
@@ -131,7 +131,7 @@ def _chosen(folder: Path, overrides: Sequence[str]) -> list[str]:
     elif folder.is_dir():
         data, key = ["data=folder"], "root"
     elif folder.suffix == ".npz":
-        data, key = ["data=medmnist", "views=medmnist", f"data.spatial={_axes(folder)}"], "root"
+        data, key = ["data=medmnist", "views=medmnist", f"data.spatial={image_axes(folder)}"], "root"
     elif folder.suffix in (".csv", ".tsv"):
         data, key = ["data=roi", "encoder=mlp", "views=table"], "table"
     else:
@@ -143,17 +143,6 @@ def _chosen(folder: Path, overrides: Sequence[str]) -> list[str]:
         raise ValueError(f"check: FOLDER is data.{key}, got data.{key}={told[f'data.{key}']!r} too. Leave one out.")
     placed = f"data.{key}={quoted(str(folder.resolve()))}"
     return [*(item for item in data if item.partition("=")[0] not in told), placed, *overrides]
-
-
-def _axes(path: Path) -> int:
-    """Axes of the images in a MedMNIST .npz: an axis of three is that of colours; 3 where the file does not tell."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open("train_images.npy") as member:
-            reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, _ = reader[np.lib.format.read_magic(member)](member)
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return 3  # the reader says what is wrong
-    return 2 if len(shape) == 3 or (len(shape) == 4 and shape[-1] == 3) else 3
 
 
 def _layout(source: Source, data: DataConfig) -> tuple[str, str]:

@@ -6,6 +6,7 @@ no more. Errors name keys and counts, no path.
 
 import hashlib
 import logging
+import math
 import re
 import shutil
 import zipfile
@@ -291,7 +292,8 @@ class _File:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 with archive.open(f"{key}.npy") as member:
-                    size = _npy_bytes(member)
+                    shape, dtype = _npy_header(member)
+                size = 0 if dtype.hasobject else math.prod(shape) * dtype.itemsize
                 limit = min(MAX_BYTES, shutil.disk_usage(target.parent).free)
                 if not 0 < size <= limit:
                     raise MedMnistError(f"{self.name}: {key} must have 1 to {limit} bytes to fit the cache's disk, got {size}.")
@@ -316,17 +318,24 @@ class _File:
             part.unlink(missing_ok=True)
 
 
-def _npy_bytes(member: Any) -> int:
-    """Bytes of the array that a .npy in an archive claims to hold; 0 for types that are no numbers."""
+def image_axes(path: Path) -> int:
+    """Axes of the images of a file, 2 or 3: an axis of three is that of colours; 3 where the file does not tell."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("train_images.npy") as member:
+            shape, _ = _npy_header(member)
+    except (OSError, KeyError, ValueError, SyntaxError, zipfile.BadZipFile, zlib.error):
+        return 3  # who opens it says what is wrong
+    return 2 if len(shape) == 3 or (len(shape) == 4 and shape[-1] == 3) else 3
+
+
+def _npy_header(member: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of the array that a .npy in an archive claims to hold."""
     version = np.lib.format.read_magic(member)
     reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if reader is None:
-        return 0
+        raise ValueError(f"its format is {version}, not 1.0 or 2.0")
     shape, _, dtype = reader(member)
-    size = 1
-    for length in shape:
-        size *= length
-    return 0 if dtype.hasobject else size * dtype.itemsize
+    return shape, dtype
 
 
 def _chunks(member: Any, limit: int) -> Iterator[bytes]:
