@@ -110,8 +110,8 @@ def check(
     ISOCENTER_CACHE), and nothing leaves this machine.
 
     FOLDER holds images; it may be a MedMNIST .npz or a table of features
-    (.csv, .tsv) too. It chooses data=folder and data.root (or data=medmnist,
-    data=roi) of the run whose OVERRIDES follow:
+    (.csv, .tsv) too. It chooses data=folder and data.root (experiment=medmnist,
+    experiment=roi for those) of the run whose OVERRIDES follow:
     data.layout, data.suffix, data.pattern, data.participants, data.columns.*,
     data.voxel_size_mm, data.shape and the like say how it is read.
 

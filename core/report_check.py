@@ -125,20 +125,20 @@ def _chosen(folder: Path, overrides: Sequence[str]) -> list[str]:
     given = str(folder)
     if not folder.exists():
         raise ValueError(f"check: FOLDER must be there, got {given!r}. Mend its name.")
-    data: list[str] = []
-    if "data" in told or "experiment" in told:
-        key = "table" if told.get("data") == "roi" else "root"
-    elif folder.is_dir():
-        data, key = ["data=folder"], "root"
+    key = "root"
+    if folder.is_dir():
+        data = ["data=folder"]
     elif folder.suffix == ".npz":
-        data, key = ["data=medmnist", "views=medmnist", f"data.spatial={image_axes(folder)}"], "root"
+        data = ["experiment=medmnist", f"data.spatial={image_axes(folder)}"]
     elif folder.suffix in (".csv", ".tsv"):
-        data, key = ["data=roi", "encoder=mlp", "views=table"], "table"
+        data, key = ["experiment=roi"], "table"
     else:
         raise ValueError(
             f"check: FOLDER must be a folder of images, a MedMNIST .npz or a table of features (.csv, .tsv), got the file "
             f"{given!r}. Name the folder that holds it."
         )
+    if "data" in told or "experiment" in told:
+        data = []
     if f"data.{key}" in told:
         raise ValueError(f"check: FOLDER is data.{key}, got data.{key}={told[f'data.{key}']!r} too. Leave one out.")
     placed = f"data.{key}={quoted(str(folder.resolve()))}"

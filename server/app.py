@@ -66,9 +66,9 @@ def carry_out(grid: Grid, context: Context) -> None:
     log.info("fine-tuning at %s", ", ".join(targets.values() if config.finetune.stages else ()) or "no site")
     everyone = {node.node_id: node.site for node in nodes}
     evaluated = everyone if config.data.pretrain_sites is None else {**pretraining, **targets}
-    num_inputs = agreed_inputs(nodes)
+    num_inputs = agreed_inputs(nodes, config.data.inputs)
 
-    if config.data.kind == "table":
+    if config.data.inputs == "table":
         prepare_inputs(sites, pretraining, num_inputs, config, results)
         sites.tell_constants(evaluated)
     model = build_pretrainer(
@@ -198,21 +198,25 @@ def wait_for_sites(sites: Sites, config: RunConfig) -> list[Node]:
     return nodes
 
 
-def agreed_inputs(nodes: list[Node]) -> int:
-    """The number of channels or features that all sites hold.
+def agreed_inputs(nodes: list[Node], kind: str) -> int:
+    """The number of channels of images, or of features of a table, that all sites hold.
 
     Raises:
-        RunError: sites hold different features.
+        RunError: sites hold different features, or images of different grids, channels or masks.
     """
     groups: dict[str, list[Node]] = {}
     for node in nodes:
         groups.setdefault(str(node.about["inputs"]), []).append(node)
     if len(groups) > 1:
         told = "; ".join(f"{part[0].about['num-inputs']} at {', '.join(node.site for node in part)}" for part in groups.values())
-        raise RunError(
-            f"sites: features must have the same names at every site, got {len(groups)} different sets: {told}. "
-            "Name the common ones with data.columns.features=[...]."
-        )
+        what, remedy = {
+            "table": ("features must have the same names", "Name the common ones with data.columns.features=[...]"),
+            "images": (
+                "images must have the same channels, grid and mask",
+                "Give every site the same file as data.mask, or none",
+            ),
+        }[kind]
+        raise RunError(f"sites: {what} at every site, got {len(groups)} different sets: {told}. {remedy}.")
     return int(str(nodes[0].about["num-inputs"]))
 
 

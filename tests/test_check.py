@@ -362,7 +362,7 @@ def test_flat_pictures_are_checked_too(tmp_path: Path) -> None:
 
     assert result.exit_code == 0
     assert "24 of 24 scans" in result.stdout
-    assert "data=medmnist views=medmnist data.spatial=2" in result.stdout
+    assert "experiment=medmnist data.spatial=2" in result.stdout
     assert (tmp_path / "check-mine" / "montage.png").is_file()
 
 

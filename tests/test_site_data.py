@@ -14,6 +14,8 @@ from core.config import ConfigError, load_config
 from core.data.manifest import UnusableScansError
 from core.data.site import ImageSource, VolumeStore
 from core.exchange import SiteError
+from server.app import agreed_inputs
+from server.sites import Node, RunError
 
 GRID = "data.voxel_size_mm=8 data.shape=[11,13,11]"
 
@@ -160,3 +162,15 @@ def test_openbhb_arrays_become_volumes_with_the_official_splits(tmp_path: Path) 
         "train": ["sub-100"], "val": ["sub-101"], "test": ["sub-102", "sub-103"]
     }  # fmt: skip
     assert held.splits["test"].inputs([0, 1], torch.device("cpu")).shape == (2, 1, 30, 36, 30)
+
+
+def test_sites_with_different_masks_are_not_mixed() -> None:
+    nodes = [
+        Node(i, name, {"num-inputs": 1, "inputs": f"volumes (4, 4, 4) {mask}"}) for i, (name, mask) in enumerate(("ax", "by"))
+    ]
+
+    assert agreed_inputs(nodes[:1], "images") == 1
+    with pytest.raises(
+        RunError, match=r"same channels, grid and mask at every site, got 2 different sets: 1 at a; 1 at b\. Give"
+    ):
+        agreed_inputs(nodes, "images")
