@@ -126,7 +126,8 @@ def test_nothing_is_left_however_a_run_is_left(tmp_path: Path, leave_by: object)
     def on_line(line: str) -> None:
         if line.startswith("home"):
             seen.append(Path(line.split()[1]))
-            assert len(processes(seen[0])) == 3, "SuperLink, its detached child, flwr run"
+            # SuperLink, its detached child, and flwr run, unless that one had only to complete and is gone already.
+            assert len(processes(seen[0])) in ((2, 3) if leave_by is None else (3,))
             if isinstance(leave_by, signal.Signals):
                 os.kill(os.getpid(), leave_by)
             elif isinstance(leave_by, type):
