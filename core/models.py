@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from core.seeding import seed
@@ -32,6 +31,11 @@ class Encoder(nn.Module):
     num_features: int
 
     @property
+    def parts(self) -> list[nn.Module]:
+        """What it is made of, from the input on, without what has no weights to train: the layers that rates decay over."""
+        raise NotImplementedError
+
+    @property
     def input_scale(self) -> Tensor:
         """What counts as 1 in the inputs, the unit in which views add noise: (I,), or (1,) for all voxels."""
         return torch.ones(1, device=next(self.parameters()).device)
@@ -45,6 +49,11 @@ class SmallEncoder(Encoder):
         channels = [num_inputs, width, 2 * width, 4 * width, 16 * width]
         self.stages = nn.Sequential(*(Block(a, b, 2, spatial_dims) for a, b in pairwise(channels)))
         self.num_features = channels[-1]
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The stages."""
+        return list(self.stages)
 
     def forward(self, images: Tensor) -> Tensor:
         """Representations h, (N, F), of volumes (N, C, X, Y, Z) or images (N, C, X, Y)."""
@@ -86,6 +95,11 @@ class RowEncoder(Encoder):
         self.num_features = width
 
     @property
+    def parts(self) -> list[nn.Module]:
+        """The layers; the standardisation is never trained."""
+        return list(self.layers)
+
+    @property
     def input_scale(self) -> Tensor:
         """The standard deviation of each feature, (I,)."""
         return self.standardise.scale
@@ -115,10 +129,21 @@ class Headless(Encoder):
         self.net = net
         self.num_features = num_features
 
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The net's layers and blocks as MONAI names them."""
+        body = self.net.get_submodule("features") if hasattr(self.net, "features") else self.net
+        return [part for part in body.children() if any(True for _ in part.parameters())]
+
     def forward(self, images: Tensor) -> Tensor:
         """Representations h, (N, F), of volumes (N, C, X, Y, Z) or images (N, C, X, Y)."""
         h_NF: Tensor = self.net(images)
         return h_NF
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +151,11 @@ class Small:
     """``encoder=small``."""
 
     name: Literal["small"] = "small"
-    width: Annotated[int, Field(ge=2, le=256)] = 8
+    width: int = 8
     kind: ClassVar = "images"
+
+    def __post_init__(self) -> None:
+        _check_range("width", self.width, 2, 256)
 
     def build(self, num_inputs: int, spatial_dims: int) -> Encoder:
         """A small encoder with 16 ``width`` features."""
@@ -181,9 +209,13 @@ class MLP:
     """``encoder=mlp``: for rows of features; ``width`` features after ``depth`` layers."""
 
     name: Literal["mlp"] = "mlp"
-    width: Annotated[int, Field(ge=2, le=4096)] = 256
-    depth: Annotated[int, Field(ge=1, le=16)] = 2
+    width: int = 256
+    depth: int = 2
     kind: ClassVar = "table"
+
+    def __post_init__(self) -> None:
+        _check_range("width", self.width, 2, 4096)
+        _check_range("depth", self.depth, 1, 16)
 
     def build(self, num_inputs: int, spatial_dims: int) -> Encoder:
         """An encoder of rows with ``width`` features."""
@@ -233,17 +265,17 @@ class Pretrainer(nn.Module):
 class Classifier(nn.Module):
     """Encoder and a linear head on the standardised representation: what travels in fine-tuning."""
 
-    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+    def __init__(self, encoder: Encoder, num_outputs: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Sequential(
-            nn.LayerNorm(encoder.num_features, elementwise_affine=False), nn.Linear(encoder.num_features, num_classes)
+            nn.LayerNorm(encoder.num_features, elementwise_affine=False), nn.Linear(encoder.num_features, num_outputs)
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Logits, (N, classes)."""
-        logits_NC: Tensor = self.head(self.encoder(inputs))
-        return logits_NC
+        """What the head tells of each scan, (N, outputs): logits, or a number in units of `core.targets.Target`."""
+        logits_NK: Tensor = self.head(self.encoder(inputs))
+        return logits_NK
 
 
 def _seeded(build: Callable[[], Model], model_seed: int, num_inputs: int, num_erased: int) -> Model:
@@ -282,7 +314,7 @@ def build_pretrainer(
 
 def build_classifier(
     choice: EncoderChoice,
-    num_classes: int,
+    num_outputs: int,
     run_seed: int,
     *,
     num_inputs: int = 1,
@@ -291,7 +323,7 @@ def build_classifier(
 ) -> Classifier:
     """A freshly initialised classifier, the same on every machine for the same seed; inputs as in `build_pretrainer`."""
     return _seeded(
-        lambda: Classifier(choice.build(num_inputs, spatial_dims), num_classes),
+        lambda: Classifier(choice.build(num_inputs, spatial_dims), num_outputs),
         seed(run_seed, "classifier"),
         num_inputs,
         num_erased,
