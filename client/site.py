@@ -3,19 +3,17 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from core.config import ConfigError, DataConfig, RunConfig
-from core.data.manifest import MAX_UNUSABLE, check_problem_share, split_by_subject
-from core.data.site import SiteData, Source, Store, default_cache_root
-from core.evaluation.embeddings import Embeddings
+from core.data.holdings import Holdings, open_holdings
+from core.data.manifest import MAX_UNUSABLE
+from core.data.site import Source, default_cache_root
 from core.exchange import SiteError
 from core.moments import MomentPolicy
+from core.training import choose_device
 
 log = logging.getLogger("isocenter")
 
@@ -64,16 +62,6 @@ class Site:
     share_per_scan: bool
 
 
-def choose_device(name: str) -> torch.device:
-    """The named device, or for ``auto`` the GPU where there is one; a GPU asked for and absent is an error, never the CPU."""
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SiteError("device", f"device must be one this site has, got {name!r} and no GPU is visible.")
-    return device
-
-
 def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
     """The site of this node.
 
@@ -87,7 +75,10 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
     unknown = set(node_config) - NODE_KEYS - FLOWER_KEYS
     if unknown:
         raise SiteError("node_config", f"node config must hold only {sorted(NODE_KEYS)}, got {sorted(unknown)}.")
-    device = choose_device(str(node_config.get("device", "auto")))
+    try:
+        device = choose_device(str(node_config.get("device", "auto")))
+    except (ValueError, RuntimeError) as error:
+        raise SiteError("device", str(error)) from None
     if "data-root" in node_config or "site" in node_config:
         if not {"data-root", "site"} <= set(node_config):
             raise SiteError("node_config", "node config must hold both site and data-root, one is missing.")
@@ -99,7 +90,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
         policy = {field: int(str(node_config[key])) for key, field in POLICY_KEYS.items() if key in node_config}
         return Site(
             name=str(node_config["site"]),
-            source=read_as(config.data, node_config).source(cache_root, places),
+            source=read_as(config.data, node_config).at_site(str(node_config["site"])).source(cache_root, places),
             device=device,
             threads=int(str(node_config["threads"])) if "threads" in node_config else None,
             max_unusable=float(str(node_config.get("max-unusable", MAX_UNUSABLE))),
@@ -122,7 +113,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
         )
     return Site(
         name=names[partition],
-        source=source,
+        source=config.data.at_site(names[partition]).source(default_cache_root(), config.data.places),
         device=device,
         threads=None,
         max_unusable=config.data.max_unusable,
@@ -142,59 +133,6 @@ def read_as(data: DataConfig, node_config: Mapping[str, object]) -> DataConfig:
         ) from None
 
 
-@dataclass(frozen=True)
-class Holdings:
-    """What a site holds, read and split: SiteData by split, their inputs, and the counts of what could not be used."""
-
-    splits: dict[str, SiteData]
-    store: Store
-    problem_counts: dict[str, int]
-    num_scans: int
-    num_subjects: int
-    num_scanners: int
-
-    def embeddings(self, h: Mapping[str, npt.NDArray[np.float32]]) -> Embeddings:
-        """The representations h (N, F) of the scans of some splits beside their labels, without ids."""
-        subjects = sorted({scan.subject for data in self.splits.values() for scan in data.scans})
-        parts = []
-        for split, h_NF in h.items():
-            data = self.splits[split]
-            parts.append(
-                Embeddings(
-                    h_NF=h_NF,
-                    subject=np.array([subjects.index(scan.subject) for scan in data.scans], dtype=np.int64),
-                    site=np.array([data.site] * len(data), dtype=np.str_),
-                    scanner=np.array([scan.scanner for scan in data.scans], dtype=np.str_),
-                    sex=np.array([scan.sex or "" for scan in data.scans], dtype=np.str_),
-                    diagnosis=np.array([scan.diagnosis or "" for scan in data.scans], dtype=np.str_),
-                    split=np.array([split] * len(data), dtype=np.str_),
-                    age_years=data.ages().numpy(),
-                )
-            )
-        return Embeddings.concatenate(parts)
-
-
-@lru_cache(maxsize=64)
-def _open(
-    site_name: str, source: Source, max_unusable: float, split_seed: int, fractions: tuple[float, float, float]
-) -> Holdings:
-    manifest, store = source.open(site_name)
-    check_problem_share(manifest, max_unusable)
-    position = {scan.path: index for index, scan in enumerate(manifest.scans)}
-    splits = {
-        split: SiteData(site_name, part.scans, tuple(position[scan.path] for scan in part.scans), store)
-        for split, part in split_by_subject(manifest, split_seed=split_seed, fractions=fractions).items()
-    }
-    return Holdings(
-        splits,
-        store,
-        manifest.problem_counts(),
-        len(manifest.scans),
-        manifest.num_subjects,
-        len({scan.scanner for scan in manifest.scans}),
-    )
-
-
 def holdings(site: Site, config: RunConfig) -> Holdings:
     """The site's scans, cached and split by subject; read once a process."""
-    return _open(site.name, site.source, site.max_unusable, config.data.split_seed, config.data.fractions)
+    return open_holdings(site.name, site.source, site.max_unusable, config.data.split_seed, config.data.fractions)

@@ -4,13 +4,15 @@ Shape legend: N scans, L labels, K outputs of the head.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from core.data.labels import MISSING, Code, code
 from core.data.manifest import Scan
 
 Kind = Literal["binary", "multiclass", "multilabel", "regression"]
@@ -30,16 +32,16 @@ class Target:
         kind: ``binary``, one of two classes; ``multiclass``, one of several; ``multilabel``, findings that do not exclude each
             other; ``regression``, a number.
         labels: what a scan is known by: ``diagnosis``, ``sex``, ``age_years``, or columns that ``data.columns.targets`` names;
-            several with multilabel, else one.
-        classes: how the columns write the classes, in the order of the outputs; of two the second is the positive one. None:
-            control and patient, F and M, else 0 and 1.
+            several with multilabel, else one. A column called diagnosis or sex is read as it stands when the classes are others.
+        classes: how the columns write the classes, in the order of the outputs; 1 and 1.0 are one class, and so are AD and ad. Of
+            two the second is the positive one. None: control and patient, F and M, else 0 and 1.
         offset: a number is learnt as its difference from this, in its unit,
         scale: in units of this; 50 and 20 suit ages.
     """
 
     kind: Kind = "binary"
     labels: tuple[str, ...] = ("diagnosis",)
-    classes: tuple[str, ...] | None = None
+    classes: tuple[Code, ...] | None = None
     offset: float = 0.0
     scale: float = 1.0
 
@@ -49,10 +51,15 @@ class Target:
         if self.kind == "regression" and self.classes is not None:
             raise ValueError(f"classes must be null with regression, got {list(self.classes)}")
         wanted = {"binary": 2, "multilabel": 2}.get(self.kind)
+        codes = set(map(code, self.names))
         if self.kind != "regression" and (
-            len(set(self.names)) != len(self.names) or len(self.names) < 2 or wanted not in (None, len(self.names))
+            len(codes) != len(self.names) or len(codes) < 2 or wanted not in (None, len(self.names))
         ):
             raise ValueError(f"classes must be {wanted or 'two or more'} different ones with {self.kind}, got {list(self.names)}")
+        if codes & MISSING:
+            raise ValueError(
+                f"classes must be told from missing values, got {list(self.names)}; write {min(codes & MISSING)!r} otherwise"
+            )
         if self.kind != "regression" and "age_years" in self.labels:
             raise ValueError("labels must be classes, got age_years: it goes with kind=regression")
         if not (math.isfinite(self.offset) and 0 < self.scale < math.inf):
@@ -63,7 +70,8 @@ class Target:
         """The classes by name; () with regression."""
         if self.kind == "regression":
             return ()
-        return self.classes or KNOWN_CLASSES.get(self.labels[0], NO_YES)
+        usual = KNOWN_CLASSES.get(self.labels[0], NO_YES) if len(self.labels) == 1 else NO_YES
+        return usual if self.classes is None else self.classes
 
     @property
     def num_outputs(self) -> int:
@@ -81,14 +89,16 @@ class Target:
         Raises:
             TargetError: a column that no scan has, or a cell that is neither a class nor missing.
         """
-        read = self._number if self.kind == "regression" else self._class
+        numbers = {code(name): float(number) for number, name in enumerate(self.names)}
+        read = self._number if self.kind == "regression" else partial(self._class, numbers)
         rows = [[read(label, scan) for label in self.labels] for scan in scans]
         return torch.tensor(rows, dtype=torch.float64).reshape(len(scans), len(self.labels))
 
     def _cell(self, label: str, scan: Scan) -> str | None:
-        if label in ("diagnosis", "sex"):
-            return getattr(scan, label)  # type: ignore[no-any-return]
         cells = dict(scan.targets)
+        usual = KNOWN_CLASSES.get(label)
+        if usual is not None and (label not in cells or set(self.names) == set(usual)):
+            return getattr(scan, label)  # type: ignore[no-any-return]
         if label not in cells:
             raise TargetError(
                 f"target {label!r}: it must be diagnosis, sex, age_years or one of data.columns.targets, the table has "
@@ -96,17 +106,17 @@ class Target:
             )
         return cells[label] or None
 
-    def _class(self, label: str, scan: Scan) -> float:
+    def _class(self, numbers: Mapping[str, float], label: str, scan: Scan) -> float:
         cell = self._cell(label, scan)
         if cell is None:
             return math.nan
-        same = [number for number, name in enumerate(self.names) if name == cell or _equal_numbers(name, cell)]
-        if not same:
+        number = numbers.get(code(cell))
+        if number is None:
             raise TargetError(
                 f"target {label!r}: each cell must be one of {list(self.names)} or missing, got another. Name all classes in "
                 "finetune.target.classes, or the codes of missing values in data.columns.missing."
             )
-        return float(same[0])
+        return number
 
     def _number(self, label: str, scan: Scan) -> float:
         if label == "age_years":
@@ -116,7 +126,7 @@ class Target:
             value = math.nan if cell is None else float(cell)
         except ValueError:
             value = math.inf
-        if math.isinf(value):
+        if abs(value) > torch.finfo(torch.float32).max:
             raise TargetError(f"target {label!r}: each cell must be a finite number or missing, got another. Mend the table.")
         return value
 
@@ -151,11 +161,12 @@ class Target:
         return logits_NK * self.scale + self.offset if self.kind == "regression" else logits_NK.sigmoid()
 
     def balanced_weights(self, values_NL: Tensor) -> Tensor | None:
-        """Class weights in inverse proportion to their number of scans, mean 1 over the scans; None with regression."""
+        """Class weights in inverse proportion to their number of scans, mean 1 over the known ones; None with regression."""
         if self.kind == "regression":
             return None
         count_LC = torch.stack([(values_NL == number).sum(dim=0) for number in range(len(self.names))], dim=1).double()
-        weight_LC = count_LC.sum(dim=1, keepdim=True) / (len(self.names) * count_LC.clamp_min(1))
+        shown_L1 = (count_LC > 0).sum(dim=1, keepdim=True)
+        weight_LC = count_LC.sum(dim=1, keepdim=True) / (shown_L1 * count_LC).clamp_min(1)
         return (weight_LC if self.kind == "multilabel" else weight_LC[0]).float()
 
     def missing_classes(self, values_NL: Tensor) -> list[str]:
@@ -168,10 +179,3 @@ class Target:
                 if not (values_NL[:, column] == number).any():
                     missing.append(f"{label}={name}" if len(self.labels) > 1 else name)
         return missing
-
-
-def _equal_numbers(first: str, second: str) -> bool:
-    try:
-        return float(first) == float(second)
-    except ValueError:
-        return False

@@ -481,6 +481,47 @@ def test_an_age_at_the_first_visit_stands_in_for_later_ones_and_is_counted(tmp_p
     assert (problem.kind, "ses-10" in problem.where) == ("age_of_first_visit", True)
 
 
+def test_targets_of_an_image_are_those_of_its_session_where_they_are_told(tmp_path: Path) -> None:
+    table(tmp_path / "participants.tsv", "participant_id age MMSE apoe", "sub-01 60 29 e4", "sub-02 61 n/a e3")
+    for session in ("ses-1", "ses-2", "ses-3", "ses-4"):
+        image(tmp_path, "sub-01", session)
+    image(tmp_path, "sub-02", "ses-1")
+    image(tmp_path, "sub-02", "ses-2")
+    rows = ("session_id mmse moca", "ses-1 28 25", "ses-2 -9 24", "ses-3 27 23")
+    table(tmp_path / "sub-01/sub-01_sessions.tsv", *rows)
+    scans = "filename mmse", "anat/sub-01_ses-3_T1w.nii.gz 26.5", "anat/sub-01_ses-3_T2w.nii.gz 1"
+    table(tmp_path / "sub-01/ses-3/sub-01_ses-3_scans.tsv", *scans)
+    table(tmp_path / "sub-02/sub-02_sessions.tsv", "session_id MMSE", "ses-1 20", "ses-1 21", "ses-2 22")
+    columns = Columns(targets=("mmse", "MoCA", "APOE"), missing=("-9",))
+
+    manifest = read_site(tmp_path, "north", columns=columns)
+
+    assert [scan.targets for scan in manifest.scans] == [
+        (("mmse", mmse), ("MoCA", moca), ("APOE", apoe))
+        for mmse, moca, apoe in (
+            ("28", "25", "e4"),
+            ("", "24", "e4"),
+            ("26.5", "23", "e4"),
+            ("29", "", "e4"),
+            ("", "", "e3"),
+            ("22", "", "e3"),
+        )
+    ]
+    assert manifest.problem_counts() == {"contradictory_target": 1}
+    assert {scan.targets for scan in read_site(tmp_path, "north").scans} == {()}
+
+
+def test_a_target_that_no_table_has_is_named_with_the_nearest_columns(tmp_path: Path) -> None:
+    image(tmp_path, "sub-01", "ses-1")
+    table(tmp_path / "sub-01/sub-01_sessions.tsv", "session_id mmse", "ses-1 20")
+    assert read_site(tmp_path, "north", columns=Columns(targets=("MMSE",))).scans[0].targets == (("MMSE", "20"),)
+    with pytest.raises(ValueError, match=r"data.columns.targets must be a column of the table, got 'mmze'. Nearest: mmse"):
+        read_site(tmp_path, "north", columns=Columns(targets=("mmze",)))
+    table(tmp_path / "participants.tsv", "participant_id iq_full", "sub-01 100")
+    with pytest.raises(ValueError, match=r"participants.tsv: data.columns.targets must .*, got 'iqfull'. Nearest: iq_full"):
+        read_site(tmp_path, "north", columns=Columns(targets=("mmse", "iqfull")))
+
+
 def test_units_are_inherited_and_wrong_rows_and_tables_are_counted(tmp_path: Path) -> None:
     image(tmp_path, "sub-01", "ses-1")
     image(tmp_path, "sub-02", "ses-1")

@@ -151,6 +151,24 @@ def test_sites_sessions_splits_and_scanners_of_the_table(tmp_path: Path) -> None
     assert manifest.problem_counts() == {"no_site": 1, "two_sites": 1}
 
 
+def test_targets_come_from_the_table_and_one_that_has_them_is_taken(tmp_path: Path) -> None:
+    for name in ("1/study1.nii", "1/study2.nii", "2/study1.nii"):
+        write(tmp_path / name)
+    write(tmp_path / "people.csv", "id,age,sex\n1,30,F\n2,40,M\n")
+    with pytest.raises(ValueError, match=r"people.csv: data.columns.targets must be a column of the table, got 'edss'. Nearest"):
+        read_files(tmp_path, "x", columns=Columns(targets=("edss",)))
+    write(tmp_path / "scores.csv", "id,visit,age,EDSS\n1,1,30,1.5\n1,2,33,2.0\n2,1,40,na\n")
+    manifest = read_files(tmp_path, "x", columns=Columns(targets=("edss", "age")))
+    assert [scan.targets for scan in manifest.scans] == [
+        (("edss", "1.5"), ("age", "30")), (("edss", "2.0"), ("age", "33")), (("edss", ""), ("age", "40"))
+    ]  # fmt: skip
+    assert [scan.age_years for scan in manifest.scans] == [30.0, 33.0, 40.0]
+    for path in tmp_path.glob("*.csv"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"a table that fits the images must have the columns of data.columns.targets, got none"):
+        read_files(tmp_path, "x", columns=Columns(targets=("edss",)))
+
+
 def test_links_are_followed_once_and_broken_ones_are_listed(tmp_path: Path) -> None:
     root = tmp_path / "scans"
     write(root / "a/t1.nii")

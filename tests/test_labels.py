@@ -337,6 +337,43 @@ def test_rows_of_one_subject_are_joined(tmp_path: Path) -> None:
     assert "contradictory_age" in [flaw.kind for flaw in without.flaws]
 
 
+def test_targets_are_read_as_text_by_the_name_that_is_asked_for(tmp_path: Path) -> None:
+    text = "subject\tsex\tGroup\t MMSE \nx\tF\tMCI\t 1e3 \ny\tM\thc\tN/A\nz\tM\tMCI\t-99.0\nw\tM\tMCI\tinf\n"
+    columns = Columns(targets=(" mmse", "Group"), missing=("-99",))
+    found = read_labels(table(tmp_path, text), columns)
+    assert [row.targets for row in found.rows] == [
+        ((" mmse", cell), ("Group", group)) for cell, group in (("1e3", "MCI"), ("", "hc"), ("", "MCI"), ("inf", "MCI"))
+    ]
+    assert [row.diagnosis for row in found.rows] == ["patient", "control", "patient", "patient"]
+    assert hash(columns) == hash(Columns(targets=(" mmse", "Group"), missing=("-99",)))
+    assert columns != Columns(missing=("-99",))
+
+
+@pytest.mark.parametrize("targets", [("mmse", "MMSE"), ("mmse", "mmse"), ("",), (" ",)])
+def test_targets_are_different_columns(targets: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="targets must be different columns, each with a name, got"):
+        Columns(targets=targets)
+
+
+def test_a_target_that_the_table_lacks_is_named_with_the_nearest_columns(tmp_path: Path) -> None:
+    path = table(tmp_path, "subject\tmmse_total\tsex\nx\t28\tF\n")
+    with pytest.raises(
+        LabelError, match=r"data.columns.targets must be a column of the table, got 'MMSE_Toal'. Nearest: mmse_total"
+    ):
+        read_labels(path, Columns(targets=("sex", "MMSE_Toal")))
+
+
+def test_the_target_of_a_session_is_that_of_its_row_and_none_where_rows_contradict_each_other(tmp_path: Path) -> None:
+    text = "subject\tsession\tiq\tgrade\na\t1\t90\t2\na\t2\t95\t2.0\na\t3\t\t\n"
+    rows = read_labels(table(tmp_path, text), Columns(targets=("iq", "grade"))).rows
+    assert [dict(joined(rows, session).targets)["iq"] for session in ("ses-01", "ses-2", "3")] == ["90", "95", ""]
+    without = joined(rows, "")
+    assert without.targets == (("iq", ""), ("grade", "2"))
+    assert [flaw for flaw in without.flaws if flaw.kind == "contradictory_target"] == [
+        ("contradictory_target", "column 'iq' tells 90 and 95")
+    ]
+
+
 def test_loose_names() -> None:
     assert loose_key("sub-01") == loose_key("SUB_001") == loose_key("sub1")
     assert loose_key("sub-10") != loose_key("sub-1")

@@ -60,6 +60,13 @@ def test_a_scan_refuses_an_age_that_no_one_has(age_years: float) -> None:
         replace(scan(), age_years=age_years)
 
 
+def test_targets_may_differ_between_the_scans_of_a_subject() -> None:
+    scans = (replace(scan(session="ses-1"), targets=(("iq", "90"),)), replace(scan(session="ses-2"), targets=(("iq", ""),)))
+    assert [s.targets for s in Manifest("north", scans).scans] == [(("iq", "90"),), (("iq", ""),)]
+    assert len(set(scans)) == 2
+    assert scan().targets == ()
+
+
 def test_select_keeps_the_problems_and_healthy_keeps_controls() -> None:
     problems = (Problem("no_age", "sub-01", ""), Problem("bad_age", "sub-02", ""), Problem("no_age", "sub-03", ""))
     scans = (scan("sub-01"), scan("sub-02", diagnosis="patient"), scan("sub-03", diagnosis=None))

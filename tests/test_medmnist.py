@@ -52,6 +52,7 @@ def test_images_of_every_shape_come_with_their_class_and_split(
     splits = split_by_subject(manifest)
     assert {name: len(part.scans) for name, part in splits.items()} == {"train": 8, "val": 3, "test": 4}
     assert sum(scan.diagnosis == "patient" for scan in manifest.scans) == 4 + 1 + 2
+    assert [scan.targets for scan in splits["val"].scans] == [(("label", "0"),), (("label", "1"),), (("label", "0"),)]
     # The manifest is sorted by name: test, train, val.
     in_order = np.concatenate([stored[11:], stored[:8], stored[8:11]])
     expected = in_order[:, None] if channels == 1 else np.moveaxis(in_order, -1, 1)
@@ -100,6 +101,9 @@ def test_of_several_findings_none_is_a_control(tmp_path: Path) -> None:
     manifest, _ = source(write_subset(tmp_path / "own.npz", train_labels=labels, **others), controls=None).open("here")
 
     assert [s.subject for s in manifest.scans if s.diagnosis == "patient"] == ["sub-train000002", "sub-train000004"]
+    told = {s.subject: [name for name, text in s.targets if text == "1"] for s in manifest.scans}
+    assert (told["sub-train000002"], told["sub-train000004"], told["sub-val000000"]) == (["label_5"], ["label_0"], [])
+    assert {tuple(name for name, _ in s.targets) for s in manifest.scans} == {tuple(f"label_{i}" for i in range(14))}
 
 
 def test_an_official_name_must_have_official_counts(tmp_path: Path) -> None:

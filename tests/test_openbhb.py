@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from core.data.files import detect_layout
+from core.data.labels import Columns
 from core.data.manifest import split_by_subject
 from core.data.openbhb import list_openbhb_sites, read_openbhb
 
@@ -65,6 +66,15 @@ def test_what_cannot_be_used_is_counted(root: Path) -> None:
     manifest = read_openbhb(root, "site-12")
     assert [scan.subject for scan in manifest.scans] == ["sub-102", "sub-103"]
     assert manifest.problem_counts() == {"failed_qc": 2, "no_row": 1, "wrong_split": 1}
+
+
+def test_targets_and_told_columns_of_participants_are_read(root: Path) -> None:
+    columns = Columns(targets=("TIV", "study"), missing=("1",))
+    assert [scan.targets for scan in read_openbhb(root, "site-12", columns=columns).scans] == [(("TIV", ""), ("study", ""))] * 3
+    found = read_openbhb(root, "site-7", columns=Columns(targets=("magnetic_field_strength",), site="site"))
+    assert {scan.targets for scan in found.scans} == {(("magnetic_field_strength", "3"),)}
+    with pytest.raises(ValueError, match=r"data.columns.targets must be a column of the table, got 'tivs'. Nearest: tiv"):
+        list_openbhb_sites(root, Columns(targets=("tivs",)))
 
 
 def test_metrics_without_a_verdict_leave_nothing_out(root: Path) -> None:

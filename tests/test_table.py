@@ -234,6 +234,22 @@ def test_features_are_all_other_numbers_or_those_asked_for(tmp_path: Path) -> No
         source(table, features=("*",)).open("any")
 
 
+def test_targets_of_both_files_are_read_and_never_features(tmp_path: Path) -> None:
+    rows = [("a", "MCI", 7, 28, 1), ("b", "hc", 8, "na", 2)]
+    table = write(tmp_path / "f.csv", ("subject", "dx", "iq", "MMSE", "x"), rows)
+    people = write(tmp_path / "p.tsv", ("subject", "IQ"), [("a", 101.5), ("b", "1e2")], "\t")
+    columns = {"targets": ("Iq", "dx", "mmse ")}
+    manifest, features = source(table, people, **columns).open("any")
+    assert [scan.targets for scan in manifest.scans] == [
+        (("Iq", "101.5"), ("dx", "MCI"), ("mmse ", "28")), (("Iq", "1e2"), ("dx", "hc"), ("mmse ", ""))
+    ]  # fmt: skip
+    assert [scan.diagnosis for scan in manifest.scans] == ["patient", "control"]
+    assert features.names == ("x",)
+    with pytest.raises(TableError, match="each pattern must match a column of the table, got 'mmse'"):
+        source(table, people, features=("mmse",), **columns).sites()
+    assert source(table, people).open("any")[1].names == ("iq", "mmse", "x")
+
+
 SECRET = "DOE_JOHN"
 
 
@@ -259,6 +275,7 @@ SECRET = "DOE_JOHN"
             "data.columns.age: it must be a column of the table, got 'aje'; .*participants",
         ),
         (f"subject,age_y,x\n{SECRET},3,1\n", {"age": "age_x"}, "nearest: age_y"),
+        (f"subject,mmse,x\n{SECRET},3,1\n", {"targets": ("MMZE",)}, "columns.targets: it must .*, got 'MMZE'; nearest: mmse; if"),
         (f'subject,x\n"{SECRET},1\n', {}, "must be UTF-8 text, separated by comma, semicolon or tab"),
         ("", {}, "one column must be the subject's name, got 0 columns"),
     ],

@@ -13,6 +13,9 @@ they are for the site's own eyes.
 An age is told by participants.tsv, and for one session by its row of ``*_sessions.tsv``, its image's row of ``*_scans.tsv`` and
 the image's own .json. What is told for a session counts before participants.tsv, whose age is that at the first session.
 Sources of one age that contradict each other by more than a year (below five years, a fifth) leave it missing.
+
+A target of fine-tuning is told by the same tables: an image's row of ``*_scans.tsv`` counts before its session's row of
+``*_sessions.tsv``, and participants.tsv only where neither has the column: a score that is missing there is not another day's.
 """
 
 import hashlib
@@ -23,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from core.data.labels import (
     MISSING,
@@ -35,6 +38,8 @@ from core.data.labels import (
     Labels,
     LabelTable,
     ages_agree,
+    agreed,
+    check_targets,
     find_column,
     joined,
     loose_key,
@@ -112,10 +117,10 @@ def read_site(
 
     Every row and image that cannot be used fully is a problem, and logged: "no_image" (a row or folder of a subject),
     "no_row", "wrong_name" (it lies in the folder of another subject or session) and "two_sites" (its subject has rows at two
-    sites) of an image; the kinds of `ASIDE`; those of `labels.read_labels`; "contradictory_age", "contradictory_sex" and
-    "contradictory_diagnosis" (the value is missing then), "age_of_first_visit" (it stands in for that of a later session);
-    "wrong_row" (a row of ``*_scans.tsv`` names another subject's image or none), "bad_table" and "bad_sidecar" (one that
-    cannot be read), "no_site" (of a row), "shared_subject" (a subject of this site is at another too).
+    sites) of an image; the kinds of `ASIDE`; those of `labels.read_labels`; "contradictory_age", "contradictory_sex",
+    "contradictory_diagnosis" and "contradictory_target" (the value is missing then), "age_of_first_visit" (it stands in for that
+    of a later session); "wrong_row" (a row of ``*_scans.tsv`` names another subject's image or none), "bad_table" and
+    "bad_sidecar" (one that cannot be read), "no_site" (of a row), "shared_subject" (a subject of this site is at another too).
 
     Args:
         root: a folder as described at the top of this module.
@@ -123,12 +128,13 @@ def read_site(
         suffix: the BIDS suffix of the images, after entities that they must have, such as ``space-MNI152_desc-preproc_T1w``.
         derivatives: read ``derivatives/<this>/`` in place of the raw images.
         participants: table in place of participants.tsv.
-        columns: which columns and codes of the table mean what.
+        columns: which columns and codes of the table mean what; a target may stand in the tables of sessions and scans alone.
 
     Raises:
-        ValueError: a missing folder, an unknown site, a table that cannot be understood, or images in several versions
-            (``space-``, ``desc-``) of which the suffix tells none.
+        ValueError: a missing folder, an unknown site, a table that cannot be understood, a target that no table has, or images
+            in several versions (``space-``, ``desc-``) of which the suffix tells none.
     """
+    columns = columns or Columns()
     base = _base(root)
     single = _is_data_set(base)
     if not single:
@@ -177,14 +183,18 @@ def read_site(
         stems.setdefault(image.subject, set()).add(image.stem)
     scans: list[Scan] = []
     first_visit = table is not None and table.first_visit
+    columns_seen = set(() if table is None else table.names)
     for subject in sorted(by_subject.keys() | {row for row in rows if (folder / row).is_dir()}):
-        visits = _Visits.read(tree, subject, suffix, stems.get(subject, set()) if derivatives is None else None)
+        visits = _Visits.read(tree, subject, suffix, stems.get(subject, set()) if derivatives is None else None, columns)
         problems += visits.problems
+        columns_seen |= visits.names
         for image in by_subject.get(subject, []):
             labels = joined(rows[row_of[subject]], image.session)
             scan, flaws = _scan(site, image, labels, visits, tree, first_visit)
-            scans.append(scan)
-            problems += [Problem(flaw.kind, str(image.path), flaw.what) for flaw in flaws]
+            targets, contradictions = _targets(image, labels, visits, columns)
+            scans.append(replace(scan, targets=targets))
+            problems += [Problem(flaw.kind, str(image.path), flaw.what) for flaw in (*flaws, *contradictions)]
+    check_targets(str(where), sorted(columns_seen), columns)
     if scans and any(scan.scanner for scan in scans):
         what = "nothing tells the scanner; the site's name is used"
         problems += [Problem("no_scanner", str(scan.path), what) for scan in scans if not scan.scanner]
@@ -279,6 +289,11 @@ def _table(data_set: Path, participants: Path | None, columns: Columns | None) -
 
 @lru_cache(maxsize=64)
 def _read_table(path: Path, _: object, columns: Columns) -> LabelTable:
+    if columns.targets:
+        # The others may stand in the tables of sessions and scans.
+        names = read_text(path, columns).names
+        targets = tuple(target for target, name in columns.target_columns.items() if name in names)
+        columns = replace(columns, targets=targets)
     return read_labels(path, columns)
 
 
@@ -461,28 +476,37 @@ class _Tree:
         return self._listed[place]
 
 
+class _Told(NamedTuple):
+    """What a row of a table of sessions or scans tells: an age, and cells by the column of a target."""
+
+    age: Age | None
+    flaws: tuple[Flaw, ...]
+    targets: Mapping[str, str]
+
+
 @dataclass
 class _Visits:
-    """The ages told for the sessions and images of one subject."""
+    """What is told for the sessions and images of one subject, in which columns."""
 
-    of_session: dict[str, list[tuple[Age | None, tuple[Flaw, ...]]]] = field(default_factory=dict)
-    of_image: dict[str, list[tuple[Age | None, tuple[Flaw, ...]]]] = field(default_factory=dict)
+    of_session: dict[str, list[_Told]] = field(default_factory=dict)
+    of_image: dict[str, list[_Told]] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
 
     @classmethod
-    def read(cls, tree: _Tree, subject: str, suffix: str, stems: set[str] | None) -> "_Visits":
+    def read(cls, tree: _Tree, subject: str, suffix: str, stems: set[str] | None, columns: Columns) -> "_Visits":
         """From the subject's tables; rows of images of this suffix that are not ``stems`` are wrong, unless that is None."""
         visits = cls()
         home = tree.folder / subject
         for path in sorted(home.glob("*_sessions.tsv")):
-            for _, name, told in visits._rows(tree, path, "session"):
+            for _, name, told in visits._rows(tree, path, "session", columns):
                 session = f"ses-{name.removeprefix('ses-')}"
                 visits.order.append(session)
                 visits.of_session.setdefault(session, []).append(told)
         places = ("*/anat/", "anat/", "*/", "")
         for path in (path for place in places for path in sorted(home.glob(f"{place}*_scans.tsv"))):
-            for number, name, told in visits._rows(tree, path, "filename"):
+            for number, name, told in visits._rows(tree, path, "filename", columns):
                 stem = _stem(PurePosixPath(name.replace("\\", "/")).name)
                 if stem.split("_")[-1] != suffix.split("_")[-1]:
                     continue
@@ -494,10 +518,10 @@ class _Visits:
                     visits.of_image.setdefault(stem, []).append(told)
         return visits
 
-    def _rows(self, tree: _Tree, path: Path, key: str) -> Iterator[tuple[int, str, tuple[Age | None, tuple[Flaw, ...]]]]:
-        """Number, name and age of the rows of a table of sessions or scans."""
+    def _rows(self, tree: _Tree, path: Path, key: str, columns: Columns) -> Iterator[tuple[int, str, _Told]]:
+        """Number and name of the rows of a table of sessions or scans, and what they tell."""
         try:
-            table = read_text(path)
+            table = read_text(path, Columns(missing=columns.missing, ignore=columns.ignore))
             name = "filename" if key == "filename" and key in table.names else find_column(table, "session", Columns())
             age = find_column(table, "age", Columns())
         except LabelError as error:
@@ -506,6 +530,7 @@ class _Visits:
         if name is None or (key == "filename") != (name == "filename"):
             self.problems.append(Problem("bad_table", str(path), f"it must have a column {key}, got {list(table.names)}"))
             return
+        self.names |= set(table.names)
         kind = path.stem.split("_")[-1]
         entry = {k.lower(): v for k, v in tree.inherited(path, _entities(path.stem), kind).items()}.get(age or "", {})
         cells = [row[age] for row in table.rows.values()] if age else []
@@ -513,19 +538,21 @@ class _Visits:
         for number, row in table.rows.items():
             told, flaws = column.read(row[age]) if age and row[age] else (None, [])
             where = f"{path.name}, row {number}"
-            yield number, row[name], (told, tuple(Flaw(flaw.kind, f"{where}: {flaw.what}") for flaw in flaws))
+            targets = {column: row[column] for column in columns.target_columns.values() if column in row}
+            yield number, row[name], _Told(told, tuple(Flaw(flaw.kind, f"{where}: {flaw.what}") for flaw in flaws), targets)
 
     @property
     def youngest(self) -> float | None:
         """The least of the ages told for all the subject's sessions, in years."""
-        told = [age.years for ages in (*self.of_session.values(), *self.of_image.values()) for age, _ in ages if age is not None]
-        return min(told, default=None)
+        rows = [told for of_name in (*self.of_session.values(), *self.of_image.values()) for told in of_name]
+        return min((told.age.years for told in rows if told.age is not None), default=None)
 
 
 def _scan(site: str, image: _Image, labels: Labels, visits: _Visits, tree: _Tree, first_visit: bool) -> tuple[Scan, list[Flaw]]:
     """One image with its labels; the scanner is "" where nothing tells it."""
     own = tree.own(image.path.parent / f"{image.stem}.json")
-    told = [*visits.of_image.get(image.stem, []), *visits.of_session.get(image.session, [])]
+    rows = [*visits.of_image.get(image.stem, []), *visits.of_session.get(image.session, [])]
+    told = [(row.age, row.flaws) for row in rows]
     for key, value in own.items():
         is_age = key.lower().replace("_", "") in AGE_KEYS and isinstance(value, int | float | str)
         if is_age and str(value).strip().lower() not in MISSING:
@@ -557,6 +584,21 @@ def _scan(site: str, image: _Image, labels: Labels, visits: _Visits, tree: _Tree
     return Scan(
         image.subject, image.session, site, scanner, image.path, age_years, labels.sex, labels.diagnosis, labels.split
     ), kept
+
+
+def _targets(image: _Image, labels: Labels, visits: _Visits, columns: Columns) -> tuple[tuple[tuple[str, str], ...], list[Flaw]]:
+    """Name and text of the targets of an image, each told by the nearest rows, and what is wrong with them."""
+    of_subject = dict(labels.targets)
+    targets, flaws = [], []
+    for target, name in columns.target_columns.items():
+        nearest = (visits.of_image.get(image.stem, []), visits.of_session.get(image.session, []))
+        told = [[row.targets[name] for row in rows if name in row.targets] for rows in nearest]
+        cell = of_subject.get(target, "")
+        if any(told):
+            cell, contradictions = agreed(target, next((cells for cells in told if any(cells)), []))
+            flaws += contradictions
+        targets.append((target, cell))
+    return tuple(targets), flaws
 
 
 def _is_earliest(image: _Image, visits: _Visits, tree: _Tree) -> bool:

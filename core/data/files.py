@@ -23,6 +23,7 @@ from core.data.labels import (
     LabelError,
     Labels,
     LabelTable,
+    check_targets,
     joined,
     loose_key,
     natural_key,
@@ -173,7 +174,7 @@ def read_files(
         scanner = row.scanner or scanner_name(sidecar)
         age_years = row.age and row.age.years
         session = image.session and f"ses-{image.session.removeprefix('ses-')}"
-        scans.append(Scan(subject, session, site, scanner, image.path, age_years, row.sex, row.diagnosis, row.split))
+        scans.append(Scan(subject, session, site, scanner, image.path, age_years, row.sex, row.diagnosis, row.split, row.targets))
     if any(scan.scanner for scan in scans) or (labels is not None and "scanner" in labels.roles):
         what = "nothing tells the scanner; the site's name is used"
         problems += [Problem("no_scanner", str(scan.path), what) for scan in scans if not scan.scanner]
@@ -449,6 +450,13 @@ def _choose_table(root: Path, found: Sequence[_Found], table: Path | None, colum
         )
         if matched:
             fitting.append(((matched, len(labels.roles)), labels))
+    if not fitting and columns.targets:
+        # No table would leave all targets unknown: the one that fits but for them tells which it lacks.
+        without = _choose_table(root, found, None, replace(columns, targets=()))
+        if without is not None:
+            check_targets(str(without.path), without.names, columns)
+        what = "a table that fits the images must have the columns of data.columns.targets"
+        raise LabelError(str(root), what, "Name the table with data.participants=<file>", "none")
     if not fitting:
         return None
     best = max(score for score, _ in fitting)

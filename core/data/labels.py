@@ -115,6 +115,7 @@ class Columns:
         females: codes of the sex beside "f" and "female".
         males: codes of the sex beside "m" and "male".
         missing: codes of a missing value beside the empty cell, "n/a", "na", "nan", "-", "none", "null" and "unknown".
+        targets: columns that fine-tuning may learn, as they are written; never features, and may be those of a role too.
         features: patterns with * and ? of the features' columns; None: every other column of numbers.
         ignore: patterns of columns that are not read.
     """
@@ -131,6 +132,7 @@ class Columns:
     females: tuple[Code, ...] = ()
     males: tuple[Code, ...] = ()
     missing: tuple[Code, ...] = ()
+    targets: tuple[str, ...] = ()
     features: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
 
@@ -145,11 +147,19 @@ class Columns:
         for first, second in (("controls", "patients"), ("females", "males")):
             if both := set(map(code, getattr(self, first))) & set(map(code, getattr(self, second))):
                 raise ValueError(f"{first} and {second} must have no code in common, got {min(both)!r} in both")
+        if len(self.target_columns) < len(self.targets) or "" in self.target_columns.values():
+            raise ValueError(f"targets must be different columns, each with a name, got {list(self.targets)}")
 
     def told(self, role: str) -> str | None:
         """The column told for a role, in lower case."""
         name = getattr(self, role, None)
         return name.strip().lower() if name else None
+
+    @property
+    def target_columns(self) -> dict[str, str]:
+        """The column of each target, in lower case, by the name that the configuration writes; one column once."""
+        names = {name.strip().lower(): name for name in self.targets}
+        return {written: name for name, written in names.items()}
 
     @property
     def missing_codes(self) -> frozenset[str]:
@@ -186,6 +196,7 @@ class Labels:
     diagnosis: str | None = "control"
     split: Split | None = None
     flaws: tuple[Flaw, ...] = ()
+    targets: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -207,6 +218,7 @@ class LabelTable:
         rows: one for each row that names a subject, in the order of the file.
         first_visit: the ages are those at a first visit, says the column's name.
         problems: rows that name no subject, and a data dictionary that cannot be read.
+        names: every column, in lower case.
     """
 
     path: Path
@@ -214,6 +226,7 @@ class LabelTable:
     rows: tuple[Labels, ...]
     first_visit: bool = False
     problems: tuple[Problem, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 def read_text(path: Path, columns: Columns | None = None) -> TextTable:
@@ -272,13 +285,7 @@ def find_column(table: TextTable, role: str, columns: Columns) -> str | None:
     if told is not None:
         if told in table.names:
             return told
-        near = ", ".join(difflib.get_close_matches(told, table.names, n=3)) or "none"
-        raise LabelError(
-            str(table.path),
-            f"data.columns.{role} must be a column of the table",
-            f"Nearest: {near}",
-            repr(getattr(columns, role)),
-        )
+        raise _no_column(str(table.path), role, getattr(columns, role), table.names)
     taken = {name for other in ROLES if other != role and (name := columns.told(other)) is not None}
     fitting = {name: _key(name) for name in table.names if name not in taken}
     wanted = [_key(name) for name in USUAL_NAMES[role]]
@@ -296,6 +303,22 @@ def find_column(table: TextTable, role: str, columns: Columns) -> str | None:
             raise LabelError(str(table.path), what, remedy, ", ".join(found))
         _logger.info("%s: column %r is the %s; %s not read.", table.path, found[0], role, ", ".join(map(repr, found[1:])))
     return found[0] if found else None
+
+
+def check_targets(where: str, names: Sequence[str], columns: Columns) -> None:
+    """Refuse targets that are none of the columns, which are in lower case.
+
+    Raises:
+        LabelError: the first, and the columns nearest to it.
+    """
+    for target, name in columns.target_columns.items():
+        if name not in names:
+            raise _no_column(where, "targets", target, names)
+
+
+def _no_column(where: str, role: str, told: str, names: Sequence[str]) -> LabelError:
+    near = ", ".join(difflib.get_close_matches(told.strip().lower(), names, n=3)) or "none"
+    return LabelError(where, f"data.columns.{role} must be a column of the table", f"Nearest: {near}", repr(told))
 
 
 def is_label(name: str) -> bool:
@@ -323,7 +346,7 @@ def read_labels(path: Path, columns: Columns | None = None, *, sidecar: Mapping[
         sidecar: the data dictionary; None: the .json file beside the table, where there is one.
 
     Raises:
-        LabelError: a table that cannot be read, or without a column of subjects.
+        LabelError: a table that cannot be read, or without a column of subjects or one that ``columns`` tells.
     """
     columns = columns or Columns()
     problems = []
@@ -335,6 +358,7 @@ def read_labels(path: Path, columns: Columns | None = None, *, sidecar: Mapping[
     if "subject" not in roles:
         what = f"one column must be the subject's name, such as {', '.join(USUAL_NAMES['subject'])}"
         raise LabelError(str(path), what, "Name it with data.columns.subject=...", str(list(table.names)))
+    check_targets(str(path), table.names, columns)
     check_names(table)
     empty = [number for number, row in table.rows.items() if not row[roles["subject"]]]
     what = f"column {roles['subject']} must name a subject in every row; fill or remove the row"
@@ -342,8 +366,9 @@ def read_labels(path: Path, columns: Columns | None = None, *, sidecar: Mapping[
     rows = {number: row for number, row in table.rows.items() if number not in empty}
     meanings = Meanings.of({role: (name, [row[name] for row in rows.values()]) for role, name in roles.items()}, sidecar, columns)
     cells = [{role: row[name] for role, name in roles.items()} for row in rows.values()]
-    labels = read_rows(cells, list(rows), meanings, str(path))
-    return LabelTable(path, roles, tuple(labels), meanings.age.first_visit, tuple(problems))
+    targets = [tuple((target, row[name]) for target, name in columns.target_columns.items()) for row in rows.values()]
+    labels = read_rows(cells, targets, list(rows), meanings, str(path))
+    return LabelTable(path, roles, tuple(labels), meanings.age.first_visit, tuple(problems), table.names)
 
 
 def read_sidecar(path: Path) -> tuple[dict[str, Any], Problem | None]:
@@ -460,16 +485,26 @@ class Meanings:
         return cls(age, sexes, diagnoses)
 
 
-def read_rows(rows: Sequence[Mapping[str, str]], numbers: Sequence[int], meanings: Meanings, where: str) -> list[Labels]:
+def read_rows(
+    rows: Sequence[Mapping[str, str]],
+    targets: Sequence[tuple[tuple[str, str], ...]],
+    numbers: Sequence[int],
+    meanings: Meanings,
+    where: str,
+) -> list[Labels]:
     """The labels of rows of cells by role, checked; a role that the rows lack has no column, "" is a missing value.
 
     Args:
         rows: cells by role.
+        targets: names and cells of the targets of each row, which are not checked.
         numbers: number of each row in its file.
         meanings: what the cells mean.
         where: the table, for the log.
     """
-    labels = [_labels(row, number, meanings) for row, number in zip(rows, numbers, strict=True)]
+    labels = [
+        replace(_labels(row, number, meanings), targets=of_row)
+        for row, number, of_row in zip(rows, numbers, targets, strict=True)
+    ]
     words = Counter((row["diagnosis"], found.diagnosis) for row, found in zip(rows, labels, strict=True) if "diagnosis" in row)
     told = ", ".join(
         f"{text or 'missing'} is {means or 'not known'} ({n})" for (text, means), n in sorted(words.items(), key=str)
@@ -704,7 +739,8 @@ def stamp(path: Path) -> tuple[tuple[int, int], ...]:
 def joined(rows: Sequence[Labels], session: str) -> Labels:
     """What all rows of one subject tell of one session: by the row of that session, where rows tell sessions.
 
-    A subject has one sex, diagnosis and split: where its rows contradict each other, the value is missing.
+    A subject has one sex, diagnosis and split, a session one text of each target: where its rows contradict each other, the value
+    is missing.
     """
     same = [row for row in rows if row.session and _session_key(row.session) == _session_key(session)] or list(rows)
     found = same[0]
@@ -719,7 +755,21 @@ def joined(rows: Sequence[Labels], session: str) -> Labels:
         if len(values) > 1:
             flaws.append(Flaw(f"contradictory_{name}", f"rows of the subject tell {' and '.join(sorted(values))}"))
     sex, diagnosis, split = (values.pop() if len(values) == 1 else None for values in told.values())
-    return replace(found, sex=sex, diagnosis=diagnosis, split=split, flaws=tuple(dict.fromkeys(flaws)))
+    targets = []
+    for column, (target, _) in enumerate(found.targets):
+        cell, contradictions = agreed(target, [row.targets[column][1] for row in same])
+        targets.append((target, cell))
+        flaws += contradictions
+    flaws = list(dict.fromkeys(flaws))
+    return replace(found, sex=sex, diagnosis=diagnosis, split=split, flaws=tuple(flaws), targets=tuple(targets))
+
+
+def agreed(target: str, cells: Sequence[str]) -> tuple[str, list[Flaw]]:
+    """The one text that cells of a target tell, numbers by value; "" where they tell none, or, with a flaw, several."""
+    told = {code(cell): cell for cell in reversed(cells) if cell}
+    if len(told) > 1:
+        return "", [Flaw("contradictory_target", f"column {target!r} tells {' and '.join(sorted(told.values()))}")]
+    return next(iter(told.values()), ""), []
 
 
 def _session_key(name: str) -> tuple[str | int, ...]:

@@ -30,7 +30,8 @@ class Scan:
     """One image file of one session of one subject, or its row in a table (the path is then ``<table>#<subject>``).
 
     ``session`` is "" where the site has none; ``diagnosis`` is "control", "patient" or None; ``split`` is where a study put
-    the subject for good, None where it is free.
+    the subject for good, None where it is free; ``targets`` are name and text of the columns that a run asks for, "" where a cell
+    is missing.
     """
 
     subject: str
@@ -42,6 +43,7 @@ class Scan:
     sex: Literal["F", "M"] | None
     diagnosis: str | None
     split: Split | None = None
+    targets: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.age_years is not None and not 0.0 <= self.age_years <= MAX_AGE_YEARS:

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,8 @@ class MedMnistSource:
     def open(self, site: str) -> tuple[Manifest, Images]:
         """The site's images and their classes, with the official splits.
 
+        The targets of an image are ``label``, the number of its class, or of several findings ``label_0``, ``label_1`` and so on.
+
         Images that are equal stay in their splits, as in everybody's figures, and are problems "twin".
 
         Raises:
@@ -201,7 +203,7 @@ class MedMnistSource:
                     problems.append(Problem("twin", f"{file.name}#{subject}", f"the image is equal to that of {first}"))
                 diagnosis = "patient" if _is_patient(label, healthy) else "control"
                 path = Path(f"{self.path}#{subject}")
-                scans.append(Scan(subject, "", site, site, path, None, None, diagnosis, split))
+                scans.append(Scan(subject, "", site, site, path, None, None, diagnosis, split, _targets(tuple(label.tolist()))))
                 positions.append(position)
         for problem in problems:
             _logger.warning("site %s: %s: %s: %s.", site, problem.kind, problem.where, problem.what)
@@ -214,6 +216,13 @@ class MedMnistSource:
 def _is_patient(label: NDArray[np.integer], healthy: Sequence[int] | None) -> bool:
     """Whether an image shows a finding: its class is not a healthy one, or of several findings (ChestMNIST) it has any."""
     return bool(label.any()) if len(label) > 1 else healthy is not None and int(label[0]) not in healthy
+
+
+@lru_cache(maxsize=4096)
+def _targets(label: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    """Name and text of what an image is labelled with; cached, since many images share one label."""
+    names = ["label"] if len(label) == 1 else [f"label_{finding}" for finding in range(len(label))]
+    return tuple(zip(names, map(str, label), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

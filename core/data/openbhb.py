@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from core.data.labels import Labels, LabelTable, code, joined, loose_key, number_of, read_labels, read_text, stamp
+from core.data.labels import Columns, Labels, LabelTable, code, joined, loose_key, number_of, read_labels, read_text, stamp
 from core.data.manifest import SITE_NAME, Manifest, Problem, Scan
 
 Modality = Literal["vbm", "quasiraw"]
@@ -22,17 +22,17 @@ PASSED = frozenset({"1", "1.0", "true", "yes", "pass", "passed", "ok", "accept",
 _logger = logging.getLogger("isocenter")
 
 
-def list_openbhb_sites(root: Path) -> tuple[str, ...]:
+def list_openbhb_sites(root: Path, columns: Columns | None = None) -> tuple[str, ...]:
     """Names of the sites, in the order of their numbers: "site-12" for the code 12.
 
     Raises:
         ValueError: no participants.tsv, or it cannot be understood.
     """
-    _, sites = _read(root)
+    _, sites = _read(root, columns)
     return tuple(sorted({site for site in sites if site}, key=lambda name: (len(name), name)))
 
 
-def read_openbhb(root: Path, site: str, modality: Modality = "vbm") -> Manifest:
+def read_openbhb(root: Path, site: str, modality: Modality = "vbm", columns: Columns | None = None) -> Manifest:
     """The maps of one site with the labels of their subjects.
 
     Problems, all logged: "no_image" of a row, "no_row" of an image (counted at every site), "failed_qc" of an image that qc.tsv
@@ -43,13 +43,14 @@ def read_openbhb(root: Path, site: str, modality: Modality = "vbm") -> Manifest:
         root: the folder that holds participants.tsv, train/ and val/.
         site: one of ``list_openbhb_sites(root)``.
         modality: "vbm" for grey-matter maps, "quasiraw" for minimally processed scans.
+        columns: which columns and codes of participants.tsv mean what; a site that is told counts before siteXacq.
 
     Raises:
         ValueError: as `list_openbhb_sites`; or an unknown site.
     """
-    table, sites = _read(root)
+    table, sites = _read(root, columns)
     if site not in sites:
-        known = list_openbhb_sites(root)
+        known = list_openbhb_sites(root, columns)
         raise ValueError(f"site: it must be one of {', '.join(known)}, got {site!r}. Mend the name or data.root.")
     problems = list(table.problems)
     rows: dict[tuple[str | int, ...], list[Labels]] = {}
@@ -83,7 +84,8 @@ def read_openbhb(root: Path, site: str, modality: Modality = "vbm") -> Manifest:
             problems += [Problem(flaw.kind, str(path), flaw.what) for flaw in labels.flaws]
             age_years = labels.age and labels.age.years
             scanner = labels.scanner or site
-            scans.append(Scan(subject, session, site, scanner, path, age_years, labels.sex, labels.diagnosis, split))
+            about = (labels.sex, labels.diagnosis, split, labels.targets)
+            scans.append(Scan(subject, session, site, scanner, path, age_years, *about))
     for key, same in rows.items():
         if key not in imaged:
             problems.append(Problem("no_image", same[0].subject, f"no {NAMES[modality]}.npy below {root}"))
@@ -92,22 +94,22 @@ def read_openbhb(root: Path, site: str, modality: Modality = "vbm") -> Manifest:
     return Manifest(site, tuple(scans), tuple(problems))
 
 
-def _read(root: Path) -> tuple[LabelTable, list[str]]:
+def _read(root: Path, columns: Columns | None) -> tuple[LabelTable, list[str]]:
     path = root / "participants.tsv"
     if not path.is_file():
         raise ValueError(
             f"data.root: it must hold participants.tsv, train/ and val/ as OpenBHB does, got {str(root)!r} without the first. "
             "Name that folder with data.root=<folder>."
         )
-    return _read_table(path, stamp(path))
+    return _read_table(path, stamp(path), columns or Columns())
 
 
 @lru_cache(maxsize=4)
-def _read_table(path: Path, _: object) -> tuple[LabelTable, list[str]]:
+def _read_table(path: Path, _: object, columns: Columns) -> tuple[LabelTable, list[str]]:
     """The rows, and the site of each, "" where it is not known."""
-    table = read_labels(path)
-    text = read_text(path)
-    column = "sitexacq" if "sitexacq" in text.names else table.roles.get("site")
+    table = read_labels(path, columns)
+    text = read_text(path, columns)
+    column = "sitexacq" if "sitexacq" in text.names and columns.site is None else table.roles.get("site")
     if column is None:
         raise ValueError(f"{path}: one column must be siteXacq or site, got {list(text.names)}. Take the table of OpenBHB.")
     return table, [_site_name(text.rows[labels.row][column]) for labels in table.rows]

@@ -108,6 +108,7 @@ MEANINGS: Mapping[str, Meaning] = {
     "contradictory_diagnosis": Meaning("A subject with two diagnoses; it is left out.", "Mend the wrong one."),
     "bad_split": Meaning("A split that is not train, val or test; it is left out.", "Mend the cell."),
     "contradictory_split": Meaning("A subject in two splits; it is left out.", "Mend the wrong one."),
+    "contradictory_target": Meaning("Two values in a target's column for one scan; it is left out.", "Mend the wrong one."),
     "wrong_split": Meaning("An image in the folder of another split than its row; the row counts.", "Move it, if that is wrong."),
     "no_scanner": Meaning("The scanner is not known; the site's name stands in.", "Add a column scanner, or the .json files."),
     "no_site": Meaning("A row that names no site; it is at none.", "Fill the cell, or tell data.columns.site_pattern."),

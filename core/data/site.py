@@ -122,7 +122,7 @@ class ImageSource:
             case "bids":
                 return list_sites(self.root, participants=self.participants, columns=self.columns)
             case "openbhb":
-                return list_openbhb_sites(self.root)
+                return list_openbhb_sites(self.root, self.columns)
             case "files":
                 return list_file_sites(self.root, table=self.participants, pattern=self.pattern, columns=self.columns)
 
@@ -144,7 +144,7 @@ class ImageSource:
                     columns=self.columns,
                 )
             case "openbhb":
-                return read_openbhb(self.root, site, self.modality)
+                return read_openbhb(self.root, site, self.modality, self.columns)
             case "files":
                 return read_files(self.root, site, table=self.participants, pattern=self.pattern, columns=self.columns)
 
@@ -219,3 +219,13 @@ class SiteData:
         """(N,) integer code of each scan's scanner, in the order of their names."""
         names = sorted({scan.scanner for scan in self.scans})
         return torch.tensor([names.index(scan.scanner) for scan in self.scans])
+
+
+def join_splits(parts: Sequence[SiteData]) -> SiteData:
+    """The scans of several splits of one site as one."""
+    return SiteData(
+        parts[0].site,
+        tuple(scan for part in parts for scan in part.scans),
+        tuple(position for part in parts for position in part.positions),
+        parts[0].store,
+    )

@@ -1,7 +1,8 @@
 """Reader of a table of regional features (thickness, volumes): one row a subject, many sites or one.
 
-Ages, sexes, sites and diagnoses stand in the same table or in a second one that is joined on the subject. Which columns
-hold them is found or told as `labels` says; the features are all other columns of numbers, sorted by name.
+Ages, sexes, sites and diagnoses stand in the same table or in a second one that is joined on the subject, and so do the
+targets of fine-tuning. Which columns hold them is found or told as `labels` says; the features are all other columns of
+numbers, sorted by name.
 
 `TableError` names columns only and may leave the site; the rows it is about are in the site's own log.
 """
@@ -192,7 +193,8 @@ class _Table:
                 problems += [Problem(flaw.kind, place, flaw.what) for flaw in found.flaws]
                 age_years = found.age and found.age.years
                 scanner = found.scanner or site
-                scans.append(Scan(subject, "", site, scanner, Path(place), age_years, found.sex, found.diagnosis, found.split))
+                about = (found.sex, found.diagnosis, found.split, found.targets)
+                scans.append(Scan(subject, "", site, scanner, Path(place), age_years, *about))
         for problem in problems:
             _logger.warning("site %s: %s: %s: %s.", site, problem.kind, problem.where, problem.what)
         manifest = Manifest(site, tuple(scans), tuple(problems))
@@ -211,19 +213,33 @@ def _read(source: TableSource, _: object) -> _Table:
         told = source.columns.told(role)
         found = [(file, name) for file in reversed(files) if (name := _column(file, role, source.columns, told)) is not None]
         if told and not found:
-            known = [name for file in files for name in file.text.names]
-            near = ", ".join(difflib.get_close_matches(told, known, n=3)) or "none"
-            remedy = "" if source.participants else "; if another table holds it, name that with data.participants=<file>"
-            raise TableError(f"data.columns.{role}: it must be a column of the table, got {told!r}; nearest: {near}{remedy}.")
+            raise _no_column(role, told, files)
         if found and role not in ("subject", "session"):
             roles[role] = found[0]
+    targets = {}
+    for target, name in source.columns.target_columns.items():
+        holding = [file for file in reversed(files) if name in file.text.names]
+        if not holding:
+            raise _no_column("targets", target, files)
+        targets[target] = (holding[0], name)
     site_of = _sites(*roles["site"], source.columns) if "site" in roles else {}
-    return _Table(
-        source, tuple(files), roles, _labels(files, roles, source.columns), site_of, _features(files[0], source.columns)
-    )
+    labels = _labels(files, roles, targets, source.columns)
+    return _Table(source, tuple(files), roles, labels, site_of, _features(files[0], source.columns))
 
 
-def _labels(files: Sequence[_File], roles: Mapping[str, tuple[_File, str]], columns: Columns) -> dict[str, Labels]:
+def _no_column(role: str, told: str, files: Sequence[_File]) -> TableError:
+    known = [name for file in files for name in file.text.names]
+    near = ", ".join(difflib.get_close_matches(told.strip().lower(), known, n=3)) or "none"
+    remedy = "" if len(files) > 1 else "; if another table holds it, name that with data.participants=<file>"
+    return TableError(f"data.columns.{role}: it must be a column of the table, got {told!r}; nearest: {near}{remedy}.")
+
+
+def _labels(
+    files: Sequence[_File],
+    roles: Mapping[str, tuple[_File, str]],
+    targets: Mapping[str, tuple[_File, str]],
+    columns: Columns,
+) -> dict[str, Labels]:
     """The labels of the subjects that every file has."""
     sidecar: dict[str, Any] = {}
     for file in files:
@@ -236,7 +252,8 @@ def _labels(files: Sequence[_File], roles: Mapping[str, tuple[_File, str]], colu
     rows = [{role: texts[i] for role, (_, texts) in cells.items()} for i in range(len(subjects))]
     rows = [{**row, "subject": subject} for row, subject in zip(rows, subjects, strict=True)]
     numbers = [files[0].numbers[subject] for subject in subjects]
-    labels = read_rows(rows, numbers, Meanings.of(cells, sidecar, columns), str(files[0].text.path))
+    told_of = [tuple((target, file.rows[subject][name]) for target, (file, name) in targets.items()) for subject in subjects]
+    labels = read_rows(rows, told_of, numbers, Meanings.of(cells, sidecar, columns), str(files[0].text.path))
     return dict(zip(subjects, labels, strict=True))
 
 
@@ -303,8 +320,8 @@ def _sites(file: _File, column: str, columns: Columns) -> dict[str, str]:
 
 def _features(table: _File, columns: Columns) -> FeatureRows:
     """The columns of numbers, sorted by name so that their order in the file does not matter."""
-    # An age that stands in both files must not become a feature in one of them.
-    told = {columns.told(role) for role in ROLES}
+    # An age or a target that stands in both files must not become a feature in one of them.
+    told = {*(columns.told(role) for role in ROLES), *columns.target_columns.values()}
     candidates = sorted(name for name in table.text.names if name not in told and not is_label(name))
     if columns.features is not None:
         for pattern in columns.features:
