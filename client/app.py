@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import Holdings, Site, holdings, this_site
+from client.site import Site, holdings, this_site
 from core.checkpoint import load_strictly
 from core.config import ConfigError, RunConfig, load_config
-from core.data.manifest import UnusableScansError
-from core.data.site import SiteData
+from core.data.holdings import Holdings
+from core.data.manifest import SPLITS, UnusableScansError
+from core.data.site import SiteData, join_splits
 from core.data.table import TableError
 from core.erasure import covariates, nearest_mean_hits, scanner_sums, told_scanners
 from core.evaluation.age_sums import RidgeCandidates
@@ -45,6 +45,7 @@ from core.exchange import (
     pack_embeddings,
     pack_groups,
     pack_message,
+    pack_predictions,
     unpack,
     unpack_eraser,
     unpack_groups,
@@ -52,12 +53,14 @@ from core.exchange import (
     unpack_reference,
     unpack_state,
 )
-from core.finetuning import Stage, diagnosis_codes, finetune
+from core.finetuning import finetune, labelled, num_classes, predict, training_scans, validation_loss
 from core.models import CONSTANTS, Classifier, Pretrainer, Standardise, build_classifier, build_pretrainer, num_erased
 from core.moments import GroupMoments, Reference, feature_sums, groups_of, site_moments, told_subjects
 from core.privacy import harden
 from core.scaling import input_sums, without_rare_values
-from core.training import NotFiniteError, TrainResult, embed, pretrain
+from core.stages import StageName
+from core.targets import TargetError
+from core.training import NotFiniteError, TrainResult, embed, pretrain, pretraining_scans
 
 log = logging.getLogger("isocenter")
 app = ClientApp()
@@ -120,7 +123,7 @@ def at_site(function: Task) -> Handler:
             raise
         except NotFiniteError as error:
             raise SiteError("not_finite", str(error)) from None
-        except (UnusableScansError, TableError) as error:
+        except (UnusableScansError, TableError, TargetError) as error:
             raise SiteError("data", str(error)) from None
         except (ConfigError, ExchangeError) as error:
             raise SiteError("exchange", str(error)) from None
@@ -132,14 +135,19 @@ def at_site(function: Task) -> Handler:
     return run
 
 
-def healthy(data: SiteData) -> SiteData:
-    """The controls among the scans."""
-    return data.select(lambda scan: scan.diagnosis == "control")
-
-
-def labelled(data: SiteData) -> SiteData:
-    """The scans with a diagnosis to learn."""
+def diagnosed(data: SiteData) -> SiteData:
+    """The scans whose diagnosis is known."""
     return data.select(lambda scan: scan.diagnosis in ("control", "patient"))
+
+
+def classes_in_train(work: Work) -> int:
+    """Classes of the target among the training scans; 0, with the reason in the site's log, where its labels cannot be read."""
+    target = work.config.finetune.target
+    try:
+        return num_classes(labelled(work.held.splits["train"], target), target)
+    except TargetError as error:
+        log.warning("site %s takes no part in fine-tuning: %s", work.site.name, error)
+        return 0
 
 
 def round_number(work: Work) -> int:
@@ -177,7 +185,7 @@ def received_classifier(work: Work) -> Classifier:
     told = constants(work)
     model = build_classifier(
         work.config.encoder,
-        2,
+        work.config.finetune.target.num_outputs,
         work.config.seed,
         num_inputs=work.held.store.num_inputs,
         spatial_dims=work.config.data.spatial_dims,
@@ -196,7 +204,11 @@ def trained(result: TrainResult, work: Work) -> RecordDict:
     metrics = MetricRecord(
         {"num-examples": result.num_scans, "seconds": result.seconds, "waited-seconds": result.waited_s, **result.metrics}
     )
-    return content(arrays=arrays, metrics=metrics, config=ConfigRecord({"layout": layout}))
+    answer = content(arrays=arrays, metrics=metrics, config=ConfigRecord({"layout": layout}))
+    if result.privacy:
+        numbers = {name: value for name, value in result.privacy.items() if type(value) in (int, float)}
+        answer.metric_records["privacy"] = MetricRecord(numbers)
+    return answer
 
 
 @task(app.query("describe"))
@@ -211,8 +223,8 @@ def describe(work: Work) -> RecordDict:
                 "scans": held.num_scans,
                 "subjects": held.num_subjects,
                 "scanners": held.num_scanners,
-                "healthy-train-subjects": len({scan.subject for scan in healthy(train).scans}),
-                "classes-in-train": len({scan.diagnosis for scan in labelled(train).scans}),
+                "pretraining-subjects": len({scan.subject for scan in pretraining_scans(train, work.config).scans}),
+                "classes-in-train": classes_in_train(work),
                 "num-inputs": held.store.num_inputs,
                 "inputs": held.store.signature,
                 "problems": [f"{kind}={count}" for kind, count in sorted(held.problem_counts.items())],
@@ -260,7 +272,7 @@ def train_pretrain(work: Work) -> RecordDict:
     told = others_moments(work)
     result = pretrain(
         model,
-        healthy(work.held.splits["train"]),
+        pretraining_scans(work.held.splits["train"], work.config),
         work.config,
         round_number=round_number(work),
         device=work.site.device,
@@ -342,7 +354,7 @@ def query_sums(work: Work) -> RecordDict:
         data = train.first_scans()
         told_N = compared(work, data)
     else:
-        data = healthy(train).first_scans()
+        data = pretraining_scans(train, work.config).first_scans()
         groups = groups_of(
             kernel_labels(work, data), data.scanner_codes(), bin_years=work.config.debias.bin_years, policy=work.site.moments
         )
@@ -355,7 +367,7 @@ def query_sums(work: Work) -> RecordDict:
 @task(app.query("moments"))
 def query_moments(work: Work) -> RecordDict:
     """Moments of the site's standardised features by scanner and labels, as far as the site's policy allows."""
-    data = healthy(work.held.splits["train"]).first_scans()
+    data = pretraining_scans(work.held.splits["train"], work.config).first_scans()
     features_ND = features_of_subjects(work, data)
     moments, withheld = site_moments(
         unpack_reference(work.received.array_records["reference"], features_ND.shape[1], "server").rows(features_ND),
@@ -409,9 +421,9 @@ def train_finetune(work: Work) -> RecordDict:
     """A round of fine-tuning on the site's labelled training scans."""
     result = finetune(
         received_classifier(work),
-        labelled(work.held.splits["train"]),
+        training_scans(work.held.splits["train"], work.config),
         work.config,
-        stage=cast(Stage, work.received.config_records["config"]["stage"]),
+        stage=cast(StageName, work.received.config_records["config"]["stage"]),
         round_number=round_number(work),
         device=work.site.device,
     )
@@ -433,24 +445,32 @@ def query_embed(work: Work) -> RecordDict:
     return content(embeddings=pack_embeddings(work.held.embeddings(h)))
 
 
+@task(app.query("validation"))
+def query_validation(work: Work) -> RecordDict:
+    """The loss of a classifier on the site's labelled validation scans, where these are of as many subjects as a group needs."""
+    data = labelled(work.held.splits["val"], work.config.finetune.target)
+    subjects = len({scan.subject for scan in data.scans})
+    if subjects < work.site.moments.min_group:
+        return content(metrics=MetricRecord({"subjects": 0, "loss": 0.0}))
+    loss = validation_loss(received_classifier(work), data, work.config, work.site.device)
+    return content(metrics=MetricRecord({"subjects": work.site.moments.rounded(subjects), "loss": loss}))
+
+
 @task(app.query("predict"))
 def query_predict(work: Work) -> RecordDict:
-    """Scores of a classifier on the site's test scans with their labels, without ids; only where the site shares them."""
+    """Scores of a classifier on the site's held-out scans with their labels, without ids; only where the site shares them."""
     refuse_unless_shared(work.site)
-    data = labelled(work.held.splits["test"])
-    (logits_NC,) = embed(received_classifier(work), data, work.site.device)
-    subjects = sorted({scan.subject for scan in data.scans})
-    scores = {
-        "score": logits_NC.softmax(dim=1)[:, 1].double().numpy(),
-        "label": diagnosis_codes(data).numpy(),
-        "subject": np.array([subjects.index(scan.subject) for scan in data.scans]),
-    }
-    return content(predictions=ArrayRecord({name: Array(value) for name, value in scores.items()}))
+    splits = work.held.splits
+    held_out = {split: splits[split] for split in ("val", "test")}
+    if work.received.config_records["config"]["unseen"] is True:
+        held_out = {"test": join_splits([splits[split] for split in SPLITS])}
+    found = predict(received_classifier(work), held_out, work.config.finetune.target, work.site.device)
+    return content(predictions=pack_predictions(found))
 
 
 def probed(work: Work, split: str) -> SiteData:
     """The first scan of each subject whose diagnosis is known: who takes part in the evaluation from sums."""
-    return labelled(work.held.splits[split]).first_scans()
+    return diagnosed(work.held.splits[split]).first_scans()
 
 
 def keep_for_probes(work: Work, train_NF: torch.Tensor, test_NF: torch.Tensor) -> None:
@@ -553,7 +573,9 @@ def query_errors(work: Work) -> RecordDict:
 @task(app.query("scores"))
 def query_scores(work: Work) -> RecordDict:
     """Histograms of a classifier's scores of the site's test subjects, as far as the site's policy allows."""
-    data = probed(work, "test")
-    (logits_NC,) = embed(received_classifier(work), data, work.site.device) if len(data) else (torch.zeros(0, 2),)
-    counts = told_scores(logits_NC.double().softmax(dim=1)[:, 1], data.patients().long(), work.site.moments)
+    target = work.config.finetune.target
+    data = labelled(work.held.splits["test"], target).first_scans()
+    (logits_NK,) = embed(received_classifier(work), data, work.site.device)
+    class_N = target.values(data.scans)[:, 0].long()
+    counts = told_scores(target.scores(logits_NK.double())[:, 0], class_N, work.site.moments)
     return content(**{"probes-diagnosis": pack_message(counts)})

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,6 +44,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def pseudonym_key(folder: Path) -> bytes:
+    """The secret that a folder's pseudonyms are made with: drawn once, kept in ``pseudonyms.key``, for its owner's eyes alone."""
+    path = folder / "pseudonyms.key"
+    if not path.is_file():
+        write_atomically(path, secrets.token_hex(32).encode())
+        path.chmod(0o600)
+    return bytes.fromhex(path.read_text(encoding="ascii"))
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:

@@ -1,11 +1,16 @@
 """The console script `isocenter`: commands of this package, and those that others register under ``isocenter.commands``."""
 
 import json
+import logging
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from core.data.site import Source
 
 app = typer.Typer(
     help="Contrastive pretraining of brain-image encoders across hospitals, blind to which hospital a scan came from.",
@@ -77,6 +82,46 @@ def evaluate(
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+
+
+@app.command()
+def finetune(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="What to begin with: a run's folder, a checkpoint, an export, any .safetensors, or `random`.", show_default=False
+        ),
+    ],
+    overrides: Overrides = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:0; auto takes a GPU where there is one.")] = "auto",
+) -> None:
+    """Fine-tune an encoder on labelled scans of this machine, and score it on held-out subjects.
+
+    RUN tells the encoder and the grid of its images; OVERRIDES tell the scans and what is learnt of them, as in `isocenter run`:
+
+    isocenter finetune runs/phantom data=folder data.root=/data/hospital
+
+    isocenter finetune runs/phantom data=folder data.root=/data/hospital finetune.where=local finetune.patience=5
+
+    isocenter finetune runs/phantom data=folder data.root=/data/hospital finetune.target.kind=regression
+    finetune.target.labels=[iq] data.columns.targets=[iq] finetune.target.offset=100 finetune.target.scale=15
+
+    isocenter finetune other.safetensors encoder=resnet18 'start_keys={"net":"encoder.net","fc":null}' data=folder data.root=...
+
+    Stages (finetune.stages): linear_probe, last_block, full_finetuning, frozen_then_unfrozen, from_scratch. With num_rounds=N the
+    encoder is first pretrained for N rounds more on the sites' own training scans, labels unused. Several target sites train one
+    model together (finetune.where=federated), or one each (local); sites in data.unseen_sites are only scored.
+
+    Results go to runs/<name>: report.html, metrics.json, predictions-<stage>.csv (pseudonyms, no ids), checkpoints. A command
+    that was stopped, or killed, goes on where it was when it is given again, and ends with the same weights.
+    """
+    from core.finetune_command import finetune_and_print
+
+    try:
+        finetune_and_print(run, overrides or [], device)
+    except (ValueError, RuntimeError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
 @app.command()
@@ -155,6 +200,39 @@ def checked(overrides: list[str]) -> "RunConfig":  # type: ignore[name-defined] 
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+
+
+def decode_first(source: "Source") -> None:
+    """Decode what the cache lacks of a folder of images, with a progress bar: who opens its sites then finds it there.
+
+    What is wrong with single scans is not told here; each site logs and counts it.
+    """
+    from rich.progress import Progress
+
+    from core.data.cache import open_cache, plan_build
+    from core.data.site import ImageSource
+
+    if not isinstance(source, ImageSource):
+        return
+    logger = logging.getLogger("isocenter")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        manifests = [source.manifest(site) for site in source.sites()]
+        plans = [plan_build(manifest, source.settings, source.cache_root) for manifest in manifests]
+        missing = sum(plan.num_missing for plan in plans)
+        if not missing:
+            return
+        megabytes = sum(plan.missing_bytes for plan in plans) / 1e6
+        typer.echo(f"decoding {missing} scans, once: {megabytes:.0f} MB in {source.cache_root}")
+        with Progress(transient=True) as bar:
+            task = bar.add_task("decoding", total=missing)
+            for manifest, plan in zip(manifests, plans, strict=True):
+                before = bar.tasks[0].completed - (plan.num_images - plan.num_missing)
+                move = partial(lambda before, ready, _: bar.update(task, completed=before + ready), before)
+                open_cache(manifest, source.settings, source.cache_root, progress=move)
+    finally:
+        logger.setLevel(level)
 
 
 def main() -> None:

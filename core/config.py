@@ -7,7 +7,7 @@ import shlex
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -44,7 +44,9 @@ from core.losses import OBJECTIVES, DecoupledConditional, EpsSupInfoNCE, FairKL,
 from core.losses.fairkl import Divergence, Statistics
 from core.models import EncoderChoice
 from core.moments import MomentPolicy
-from core.privacy import PrivacyChoice
+from core.privacy import DpSgd, PrivacyChoice
+from core.stages import STAGES, StageName
+from core.targets import Target
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _hydra_is_process_wide = threading.Lock()
@@ -57,6 +59,14 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 # Keys that hold one of several kinds; pydantic puts the kind behind them: encoder.small.width is encoder.width to the user.
 UNIONS = frozenset({"data", "encoder", "views", "privacy"})
+
+
+def _kind(value: Any) -> Any:
+    """The kind of data or views; images where it is not said."""
+    return value.get("kind", "images") if isinstance(value, Mapping) else value.kind
+
+
+Views = Annotated[Annotated[ViewPolicy, Tag("images")] | Annotated[RowViewPolicy, Tag("table")], Discriminator(_kind)]
 
 
 class ConfigError(ValueError):
@@ -87,6 +97,7 @@ class DataConfig(Closed, ABC):
     split_seed: int
     fractions: tuple[Share, Share, Share] = (0.6, 0.2, 0.2)
     max_unusable: Share = MAX_UNUSABLE
+    pretrain_on: Literal["controls", "all"] = "controls"
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataConfig":
@@ -127,6 +138,13 @@ class DataConfig(Closed, ABC):
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"reading: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+
+    def at_site(self, site: str) -> Self:
+        """The same for one site: who is known not to be a target site need not have the columns that fine-tuning learns."""
+        columns = getattr(self, "columns", None)
+        if self.inputs == "table" or columns is None or self.target_sites is None or site in self.target_sites:
+            return self
+        return self.model_copy(update={"columns": replace(columns, targets=())})
 
     @property
     def places(self) -> dict[str, Path | None]:
@@ -315,13 +333,34 @@ class StrategyConfig(Closed):
 class FinetuneConfig(Closed):
     """Fine-tuning at the target sites."""
 
-    stages: tuple[Literal["linear_probe", "full_finetuning", "from_scratch"], ...]
+    stages: tuple[StageName, ...]
+    target: Target = Field(default_factory=Target)
+    where: Literal["federated", "local"]
     num_rounds: Annotated[int, Field(ge=0)]
+    warmup_rounds: Annotated[int, Field(ge=0)]
+    frozen_rounds: Annotated[int, Field(ge=0)]
     local_steps: Count
     batch_size: Count
     learning_rate: Positive
     head_learning_rate: Positive
+    layer_decay: Annotated[float, Field(gt=0, le=1)]
     weight_decay: Annotated[float, Field(ge=0)]
+    class_weights: Literal["balanced", "none"]
+    label_fraction: Annotated[float, Field(gt=0, le=1)]
+    patience: Count | None
+    views: Views | None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "FinetuneConfig":
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages must be different ones, got {list(self.stages)}")
+        if self.stages and not self.num_rounds:
+            raise ValueError("num_rounds must be at least 1 when there are stages, got 0")
+        thaws = any(STAGES[stage].thaws for stage in self.stages)
+        for name, counts in (("warmup_rounds", bool(self.stages)), ("frozen_rounds", thaws)):
+            if counts and getattr(self, name) >= self.num_rounds:
+                raise ValueError(f"{name} must be less than num_rounds, got {getattr(self, name)} and {self.num_rounds}")
+        return self
 
 
 class EvaluationConfig(Closed):
@@ -394,24 +433,22 @@ def describe_objective(objective: Objective) -> dict[str, Any]:
     return plain
 
 
-def _kind(value: Any) -> Any:
-    """The kind of data or views; images where it is not said."""
-    return value.get("kind", "images") if isinstance(value, Mapping) else value.kind
-
-
 class RunConfig(Closed):
     """One run, complete and checked."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     seed: Annotated[int, Field(ge=0)]
     output: Path | None
-    num_rounds: Count
+    num_rounds: Annotated[int, Field(ge=0)]
     local_steps: Count
     batch_size: Annotated[int, Field(ge=2)]
     learning_rate: Positive
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_rounds: Annotated[int, Field(ge=0)]
     embedding_size: Annotated[int, Field(ge=2, le=4096)]
+    precision: Literal["float32", "bfloat16"]
+    start: Path | None
+    start_keys: dict[str, str | None]
     data: Annotated[
         Annotated[ImageData, Tag("images")] | Annotated[MedMnistData, Tag("medmnist")] | Annotated[TableData, Tag("table")],
         Discriminator(_kind),
@@ -420,7 +457,7 @@ class RunConfig(Closed):
     objective: Annotated[InstanceOf[Objective], BeforeValidator(_objective), PlainSerializer(describe_objective)]
     debias: DebiasConfig
     sampling: SamplingPolicy
-    views: Annotated[Annotated[ViewPolicy, Tag("images")] | Annotated[RowViewPolicy, Tag("table")], Discriminator(_kind)]
+    views: Views
     strategy: StrategyConfig
     privacy: Annotated[PrivacyChoice, Field(discriminator="name")]
     finetune: FinetuneConfig
@@ -434,17 +471,51 @@ class RunConfig(Closed):
         for part, kind in (("encoder", self.encoder.kind), ("views", self.views.kind)):
             if kind != self.data.inputs:
                 raise ValueError(f"{part} must be for {self.data.inputs}, as data are, got one for {kind}; add {remedy}")
-        if self.warmup_rounds >= self.num_rounds:
+        if self.num_rounds == 0 and self.start is None:
+            raise ValueError("num_rounds must be at least 1, got 0; 0 goes with start=..., an encoder that is trained already")
+        if self.warmup_rounds >= self.num_rounds > 0:
             raise ValueError(f"warmup_rounds must be less than num_rounds, got {self.warmup_rounds} and {self.num_rounds}")
         if self.debias.erase == "input" and self.data.inputs != "table":
             raise ValueError(f"debias.erase must be auto, h or none when the run reads images, got {self.debias.erase!r}")
-        if self.debias.weight > 0 and self.debias.warmup_rounds >= self.num_rounds:
+        if self.debias.weight > 0 and self.debias.warmup_rounds >= self.num_rounds > 0:
             raise ValueError(
                 f"debias.warmup_rounds must be less than num_rounds, got {self.debias.warmup_rounds} and {self.num_rounds}"
             )
-        if self.finetune.stages and not self.finetune.num_rounds:
-            raise ValueError("finetune.num_rounds must be at least 1 when there are stages, got 0")
+        if self.finetune.views is not None and self.finetune.views.kind != self.data.inputs:
+            raise ValueError(
+                f"finetune.views must be for {self.data.inputs}, as data are, got those for {self.finetune.views.kind}"
+            )
+        if isinstance(self.privacy, DpSgd):
+            self._check_private()
         return self
+
+    def _check_private(self) -> None:
+        """Refuse what would make the epsilon of DP-SGD false."""
+        if self.num_rounds:
+            raise ValueError(
+                f"privacy=dp_sgd is for fine-tuning alone, got num_rounds={self.num_rounds}: contrastive losses couple scans, "
+                "one changed scan of 128 moved the clipped sum by 252 clipping norms instead of 2, so that the epsilon would be "
+                "false; use start=... num_rounds=0, or `isocenter finetune`"
+            )
+        if self.finetune.class_weights != "none":
+            raise ValueError(
+                "finetune.class_weights must be none with privacy=dp_sgd, got 'balanced': the counts of the classes would couple "
+                "subjects and are no private sum"
+            )
+        if self.finetune.label_fraction != 1:
+            raise ValueError(
+                f"finetune.label_fraction must be 1 with privacy=dp_sgd, got {self.finetune.label_fraction:g}: who is drawn depends "
+                "on the other subjects"
+            )
+        if self.finetune.patience is not None:
+            raise ValueError(
+                f"finetune.patience must be null with privacy=dp_sgd, got {self.finetune.patience}: the choice of a round by its "
+                "score is not private"
+            )
+        if self.debias.name != "none":
+            raise ValueError(
+                f"debias must be none with privacy=dp_sgd, got {self.debias.name!r}: its sums over subjects are not private"
+            )
 
     @property
     def erased_spaces(self) -> tuple[str, ...]:
@@ -579,7 +650,7 @@ def _at(tree: Mapping[str, Any], key: str) -> Any:
 def describe(config: RunConfig) -> dict[str, Any]:
     """The configuration without the folders of this machine, ready for JSON: what checkpoints and reports carry."""
     plain = config.model_dump(mode="json")
-    del plain["output"]
+    del plain["output"], plain["start"]
     for key in config.data.PLACES:
         del plain["data"][key]
     return plain

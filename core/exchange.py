@@ -20,7 +20,9 @@ from torch import Tensor
 
 from core.erasure import Eraser, ScannerSums
 from core.evaluation.embeddings import Embeddings
+from core.evaluation.predictions import Predictions
 from core.moments import GroupMoments, Reference
+from core.targets import Target
 
 State = dict[str, Tensor]
 Groups = TypeVar("Groups", GroupMoments, ScannerSums)
@@ -175,13 +177,25 @@ def unpack_eraser(arrays: ArrayRecord, features: int, where: str) -> Eraser:
 
 
 def pack_embeddings(embeddings: Embeddings) -> ArrayRecord:
-    """Embeddings and the labels the probes need; text as UTF-8 bytes. Leaves a site only when the site shares per scan."""
+    """Embeddings and the labels the probes need. Leaves a site only when the site shares per scan."""
+    return _pack_columns(vars(embeddings))
+
+
+def pack_predictions(predictions: Predictions) -> ArrayRecord:
+    """Scores and labels, subjects as numbers that mean nothing elsewhere. Leaves a site only when the site shares per scan."""
+    columns = {name: value for name, value in vars(predictions).items() if name != "target"}
+    _, columns["subject"] = np.unique(columns["subject"], return_inverse=True)
+    return _pack_columns(columns)
+
+
+def _pack_columns(columns: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Arrays by name; text as UTF-8 bytes."""
     return ArrayRecord(
         {
             name: Array(
                 np.char.encode(value, "utf-8").view(np.uint8).reshape(len(value), -1) if value.dtype.kind == "U" else value
             )
-            for name, value in vars(embeddings).items()
+            for name, value in columns.items()
         }
     )
 
@@ -240,13 +254,25 @@ TEXT_FIELDS = ("site", "scanner", "sex", "diagnosis", "split")
 
 def unpack_embeddings(arrays: ArrayRecord) -> Embeddings:
     """The embeddings that were packed; `Embeddings` checks lengths and numbers."""
+    return Embeddings(**_unpack_columns(arrays))
+
+
+def unpack_predictions(arrays: ArrayRecord, target: Target, where: str) -> Predictions:
+    """The predictions that were packed; `Predictions` checks lengths and numbers."""
+    try:
+        return Predictions(target=target, **_unpack_columns(arrays))
+    except (TypeError, ValueError) as error:
+        raise ExchangeError(f"{where}: predictions: {error}") from None
+
+
+def _unpack_columns(arrays: ArrayRecord) -> dict[str, np.ndarray]:
     values: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         value = array.numpy()
         if name in TEXT_FIELDS:
             value = np.char.decode(np.ascontiguousarray(value).view(f"S{value.shape[1]}").reshape(-1), "utf-8")
         values[name] = value
-    return Embeddings(**values)
+    return values
 
 
 @cache

@@ -1,80 +1,319 @@
-"""Encoder and head on labelled scans: linear probe, full fine-tuning, from scratch."""
+"""Encoder and head on labelled scans: what each stage trains, which scans it sees, its steps, its loss on held-out subjects."""
 
+import hashlib
 import time
-from collections.abc import Iterator
-from typing import Literal
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.config import RunConfig
 from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
+from core.evaluation.predictions import Predictions
 from core.models import Classifier
+from core.privacy import NOT_COVERED, DpSgd, PrivateSteps, assert_private
 from core.seeding import generator, seed
-from core.training import TrainResult, learning_rate, take_steps
+from core.stages import STAGES, StageName
+from core.targets import Target, TargetError
+from core.training import TrainResult, embed, learning_rate, mixed_precision, take_steps
 
-Stage = Literal["linear_probe", "full_finetuning", "from_scratch"]
-CLASSES = ("control", "patient")
+KEPT_REPRESENTATIONS = 4
 
 
-def diagnosis_codes(data: SiteData) -> Tensor:
-    """(N,) class of each scan: 0 control, 1 patient."""
-    return torch.tensor([CLASSES.index(scan.diagnosis) for scan in data.scans])
+def labelled(data: SiteData, target: Target) -> SiteData:
+    """The scans of which something of the target is known.
+
+    Raises:
+        TargetError: a column that is not there, or a cell that is no class and no number.
+    """
+    known_N = (~target.values(data.scans).isnan()).any(dim=1).tolist()
+    kept = {scan.path for scan, known in zip(data.scans, known_N, strict=True) if known}
+    return data.select(lambda scan: scan.path in kept)
+
+
+def num_classes(data: SiteData, target: Target) -> int:
+    """Different values of the target among the scans, at most 2 with several findings or a number; 2 are enough to learn from."""
+    values_NL = target.values(data.scans)
+    different = [len(set(column[~column.isnan()].tolist())) for column in values_NL.T]
+    return min(max(different), 2 if target.kind in ("multilabel", "regression") else len(target.names))
+
+
+def training_scans(data: SiteData, config: RunConfig) -> SiteData:
+    """The labelled scans, or the fraction of the subjects of each class that ``finetune.label_fraction`` leaves.
+
+    A smaller fraction is a part of every larger one. With several findings, or a number, all subjects are one class.
+
+    Raises:
+        TargetError: fewer than two classes are left, or the fraction leaves a class empty.
+    """
+    target, fraction = config.finetune.target, config.finetune.label_fraction
+    data = labelled(data, target)
+    if num_classes(data, target) < 2:
+        raise TargetError(
+            f"site {data.site}: training scans must show two classes of {target.task} or more, got {num_classes(data, target)} "
+            f"in {len(data)} labelled scans. See `isocenter check`, or leave the site out of data.target_sites."
+        )
+    if fraction == 1.0:
+        return data
+    values_NL = target.values(data.scans)
+    class_of: dict[str, float] = {}
+    for scan, value in zip(data.scans, values_NL[:, 0].tolist(), strict=True):
+        class_of.setdefault(scan.subject, value if target.kind in ("binary", "multiclass") else 0.0)
+    kept: set[str] = set()
+    for value in sorted(set(class_of.values())):
+        subjects = sorted(subject for subject in class_of if class_of[subject] == value)
+        order = torch.randperm(len(subjects), generator=generator(config.seed, "fraction", data.site, str(value))).tolist()
+        taken = round(fraction * len(subjects))
+        if taken == 0:
+            name = target.names[int(value)] if target.kind in ("binary", "multiclass") else target.task
+            raise TargetError(
+                f"site {data.site}: finetune.label_fraction must leave subjects of every class, {fraction:g} leaves none of the "
+                f"{len(subjects)} {name}. Take a larger fraction."
+            )
+        kept |= {subjects[i] for i in order[:taken]}
+    data = data.select(lambda scan: scan.subject in kept)
+    if num_classes(data, target) < 2:
+        raise TargetError(
+            f"site {data.site}: finetune.label_fraction must leave two different values of {target.task}, {fraction:g} does not. "
+            "Take a larger fraction."
+        )
+    return data
+
+
+def trained_parts(model: Classifier, stage: StageName, round_number: int, config: RunConfig) -> list[nn.Module]:
+    """What a round of a stage trains: the head, and the last parts of the encoder or all of them, the last part first."""
+    parts = model.encoder.parts[::-1]
+    trains = STAGES[stage].trains
+    if STAGES[stage].thaws and round_number <= config.finetune.frozen_rounds:
+        trains = "head"
+    return [model.head, *{"head": [], "last_block": parts[:1], "all": parts}[trains]]
+
+
+def parameter_groups(parts: list[nn.Module], stage: StageName, round_number: int, config: RunConfig) -> list[dict[str, Any]]:
+    """The parts with their learning rates in a round; in the encoder each has that of the part behind it times the decay.
+
+    A net that starts from random weights has one rate for all of the encoder.
+    """
+    chosen = config.finetune
+    decline = learning_rate(1.0, round_number, chosen.num_rounds, chosen.warmup_rounds)
+    decay = chosen.layer_decay if STAGES[stage].start == "pretrained" else 1.0
+    rates = [chosen.head_learning_rate, *(chosen.learning_rate * decay**depth for depth in range(len(parts) - 1))]
+    return [
+        {"params": [p for p in part.parameters() if p.requires_grad], "lr": decline * rate}
+        for part, rate in zip(parts, rates, strict=True)
+    ]
+
+
+_representations: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+
+
+def frozen_representations(encoder: nn.Module, data: SiteData, device: torch.device) -> Tensor:
+    """Representations (N, F) of every scan as it is, on the device: computed once for all rounds that leave it as it is."""
+    digest = hashlib.sha256()
+    for value in encoder.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    key = (digest.hexdigest(), data.site, data.positions, id(data.store), str(device))
+    if key not in _representations:
+        _representations[key] = embed(encoder, data, device)[0]
+        while len(_representations) > KEPT_REPRESENTATIONS:
+            _representations.popitem(last=False)
+    return _representations[key].to(device)
 
 
 def finetuning_losses(
-    model: Classifier, data: SiteData, config: RunConfig, stage: Stage, round_number: int, device: torch.device, waited: Waited
+    model: Classifier,
+    data: SiteData,
+    config: RunConfig,
+    stage: StageName,
+    round_number: int,
+    device: torch.device,
+    waited: Waited,
 ) -> Iterator[dict[str, Tensor]]:
-    """Cross-entropy of each local step of a round, classes weighted alike; a linear probe sees the scans as they are."""
+    """The target's loss in each local step of a round; a frozen encoder sees the scans as they are, one that is trained views."""
+    chosen, target = config.finetune, config.finetune.target
     purpose = (stage, data.site, round_number)
     batches = subject_batches(
         data.scans,
-        batch_size=config.finetune.batch_size,
-        num_batches=config.finetune.local_steps,
+        batch_size=chosen.batch_size,
+        num_batches=chosen.local_steps,
         policy=SamplingPolicy(),
         generator=generator(config.seed, "batches", *purpose),
     )
+    values_NL = target.values(data.scans).to(device)
+    weights = class_weights(values_NL, config)
+    if len(trained_parts(model, stage, round_number, config)) == 1:
+        h_NF = frozen_representations(model.encoder, data, device)
+        for batch in batches:
+            logits_NK = model.head(h_NF[batch.first])
+            yield {"supervised": target.loss(logits_NK, values_NL[batch.first], weights).mean()}
+        return
+    views = chosen.views or config.views
     view_generator = generator(config.seed, "views", *purpose)
-    labels = diagnosis_codes(data)
-    weights = (len(labels) / (2 * labels.bincount(minlength=2).clamp_min(1))).to(device)
     ring = Ring()
     for batch, stored in read_ahead(batches, lambda batch: data.read(batch.first, device, ring), waited):
         inputs = data.on_device(stored, device)
-        if stage == "linear_probe":
-            with torch.no_grad():
-                h_NF = model.encoder(inputs)
-            logits_NC = model.head(h_NF)
-        else:
-            drawn = config.views.draw(inputs.shape, view_generator)
-            logits_NC = model(drawn.apply(inputs, model.encoder.input_scale))
-        yield {"cross_entropy": torch.nn.functional.cross_entropy(logits_NC, labels[batch.first].to(device), weights)}
+        viewed = views.draw(inputs.shape, view_generator).apply(inputs, model.encoder.input_scale)
+        with mixed_precision(config, device):
+            logits_NK = model(viewed)
+        yield {"supervised": target.loss(logits_NK.float(), values_NL[batch.first], weights).mean()}
+
+
+def class_weights(values_NL: Tensor, config: RunConfig) -> Tensor | None:
+    """Weights of the classes by their number among the scans, or None where the run weighs scans alike."""
+    if config.finetune.class_weights == "none":
+        return None
+    weights = config.finetune.target.balanced_weights(values_NL)
+    return None if weights is None else weights.to(values_NL.device)
 
 
 def finetune(
-    model: Classifier, data: SiteData, config: RunConfig, *, stage: Stage, round_number: int, device: torch.device
+    model: Classifier, data: SiteData, config: RunConfig, *, stage: StageName, round_number: int, device: torch.device
 ) -> TrainResult:
-    """A round's local steps on one site's labelled scans; the model is trained in place.
+    """A round's local steps on one site's labelled training scans; the model is trained in place.
+
+    As in pretraining the optimiser starts afresh every round, so that a round depends on the weights it receives alone.
+
+    Args:
+        model: encoder and head with the round's weights, on ``device``.
+        data: what `training_scans` gives.
+        config: the run's.
+        stage: what is trained.
+        round_number: counts from 1.
+        device: where to compute.
 
     Raises:
         NotFiniteError: a loss was NaN or infinite.
     """
     torch.manual_seed(seed(config.seed, stage, data.site, round_number))
-    chosen = config.finetune
-    decline = learning_rate(1.0, round_number, chosen.num_rounds, warmup_rounds=0)
-    groups = [{"params": model.head.parameters(), "lr": decline * chosen.head_learning_rate}]
-    if stage != "linear_probe":
-        groups.append({"params": model.encoder.parameters(), "lr": decline * chosen.learning_rate})
+    parts = trained_parts(model, stage, round_number, config)
+    groups = parameter_groups(parts, stage, round_number, config)
     model.train()
     waited, started = Waited(), time.perf_counter()
-    losses = finetuning_losses(model, data, config, stage, round_number, device, waited)
-    metrics = take_steps(
-        losses,
-        torch.optim.AdamW(groups, weight_decay=chosen.weight_decay),
-        f"site {data.site}, {stage}, round {round_number}",
-    )
-    part = model.head if stage == "linear_probe" else model
-    prefix = "head." if stage == "linear_probe" else ""
-    state = {f"{prefix}{name}": value for name, value in part.state_dict().items()}
+    optimiser = torch.optim.AdamW(groups, weight_decay=config.finetune.weight_decay)
+    guarantee: dict[str, Any] = {}
+    if isinstance(config.privacy, DpSgd):
+        # The mean of the losses is no private sum, so it is not told.
+        metrics = dict[str, float]()
+        guarantee = take_private_steps(model, data, config, stage, round_number, device, optimiser)
+    else:
+        losses = finetuning_losses(model, data, config, stage, round_number, device, waited)
+        metrics = take_steps(losses, optimiser, f"site {data.site}, {stage}, round {round_number}")
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    state = {name: value.detach() for name, value in model.named_parameters() if id(value) in trained}
+    if isinstance(config.privacy, DpSgd):
+        # A subject's number of scans, and the time it took, would tell that it was there; the number of subjects is known.
+        return TrainResult(state, len({scan.subject for scan in data.scans}), metrics, 0.0, 0.0, guarantee)
     return TrainResult(state, len(data), metrics, time.perf_counter() - started, waited.seconds)
+
+
+def private_steps_before(stage: StageName, round_number: int, config: RunConfig) -> tuple[int, int]:
+    """Steps on a site's subjects before a round of a stage, and in all rounds of all stages: every one is accounted for."""
+    chosen = config.finetune
+    rounds_before = chosen.stages.index(stage) * chosen.num_rounds + round_number - 1
+    return rounds_before * chosen.local_steps, len(chosen.stages) * chosen.num_rounds * chosen.local_steps
+
+
+def take_private_steps(
+    model: Classifier,
+    data: SiteData,
+    config: RunConfig,
+    stage: StageName,
+    round_number: int,
+    device: torch.device,
+    optimiser: torch.optim.Optimizer,
+) -> dict[str, Any]:
+    """A round's steps of DP-SGD, a subject with all its scans drawn, clipped and noised as one; what is guaranteed by now."""
+    choice, target = config.privacy, config.finetune.target
+    assert isinstance(choice, DpSgd)
+    assert_private(model, couples_scans=False)
+    subjects = sorted({scan.subject for scan in data.scans})
+    rows_of = {subject: [i for i, scan in enumerate(data.scans) if scan.subject == subject] for subject in subjects}
+    values_NL = target.values(data.scans).to(device)
+    before, in_all = private_steps_before(stage, round_number, config)
+    steps = PrivateSteps(
+        optimiser,
+        choice,
+        num_subjects=len(subjects),
+        batch_size=config.finetune.batch_size,
+        num_steps=in_all,
+        steps_before=before,
+    )
+    only_head = len(trained_parts(model, stage, round_number, config)) == 1
+    h_NF = frozen_representations(model.encoder, data, device) if only_head else None
+    views = config.finetune.views or config.views
+
+    def loss(number: int, step: int) -> Tensor:
+        rows = rows_of[subjects[number]]
+        if h_NF is not None:
+            logits_NK = model.head(h_NF[rows])
+        else:
+            inputs = data.inputs(rows, device)
+            # A subject's view is its own, whoever else is drawn.
+            random = generator(config.seed, "views", stage, data.site, round_number, step, number)
+            logits_NK = model(views.draw(inputs.shape, random).apply(inputs, model.encoder.input_scale))
+        return target.loss(logits_NK, values_NL[rows]).mean()
+
+    for step in range(config.finetune.local_steps):
+        steps.step(loss(number, step) for number in steps.draw())
+    # Accounting takes seconds: it is done when a stage ends.
+    return steps.guarantee.describe(steps.steps_taken) if round_number == config.finetune.num_rounds else {}
+
+
+def privacy_notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What DP-SGD guarantees at each site after the rounds told in these lines, and what not; empty without it."""
+    told: dict[str, Mapping[str, Any]] = {}
+    for line in lines:
+        told |= line.get("privacy", {})
+    if not told:
+        return []
+    notes = []
+    for site, about in sorted(told.items()):
+        how = (
+            f"{about['steps']:g} steps, each drawing a subject with probability {about['sample_rate']:.4g}, clipping norm "
+            f"{about['clip_norm']:g}, noise multiplier {about['noise_multiplier']:.4g}"
+        )
+        if about.get("epsilon") is None:
+            notes.append(f"{site}: gradients were clipped for each subject and no noise was added, nothing is guaranteed: {how}.")
+        else:
+            notes.append(
+                f"{site}: fine-tuning is ({about['epsilon']:.2f}, {about['delta']:g})-differentially private for a subject with "
+                f"all scans, present or missing (zero-out adjacency; PRV accountant; unit: subject): {how}."
+            )
+    exchanged = (
+        "A subject exchanged for another moves a step by up to twice as much, and the same noise guarantees less: what is an "
+        "epsilon of 8 at a delta of 1e-4 is between 9 and 19 then."
+    )
+    return [*notes, exchanged, f"Not covered by it: {'; '.join(NOT_COVERED)}."]
+
+
+def predict(model: Classifier, splits: Mapping[str, SiteData], target: Target, device: torch.device) -> Predictions:
+    """What the model tells of the labelled scans of some splits of a site, each scan as it is.
+
+    Raises:
+        TargetError: as `labelled`.
+    """
+    parts = []
+    for split, whole in splits.items():
+        data = labelled(whole, target)
+        (logits_NK,) = embed(model, data, device)
+        parts.append(Predictions.of(data, target, target.scores(logits_NK.double()).numpy(), split))
+    return Predictions.concatenate(parts)
+
+
+def validation_loss(model: Classifier, data: SiteData, config: RunConfig, device: torch.device) -> float:
+    """Mean loss over the labelled scans, their classes weighted as in training.
+
+    Args:
+        model: encoder and head.
+        data: at least one labelled scan of subjects that no step has seen.
+        config: the run's.
+        device: where to compute.
+    """
+    target = config.finetune.target
+    values_NL = target.values(data.scans)
+    (logits_NK,) = embed(model, data, device)
+    return float(target.loss(logits_NK, values_NL, class_weights(values_NL, config)).mean())

@@ -16,14 +16,17 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from sklearn.metrics import roc_curve
 
 from core import __version__
 from core.checkpoint import write_atomically
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, NotEvaluableError
+from core.evaluation.predictions import Predictions, confusion, operating_points, reliability, subject_rows
 from core.evaluation.probes import planar_map
-from core.evaluation.words import LINEAR_PROBES, digits, find, linear_probe, verdict, with_interval
+from core.evaluation.words import LINEAR_PROBES, figure, find, linear_probe, verdict, with_interval
 from core.report_page import PAGE
+from core.stages import STAGES as TUNED_STAGES
 
 STAGES = {
     "raw": "Raw voxels + PCA",
@@ -31,7 +34,9 @@ STAGES = {
     "pretrained": "Pretrained encoder",
     "erased": "Pretrained, site erased",
     "linear_probe": "Linear probe",
+    "last_block": "Last block",
     "full_finetuning": "Full fine-tuning",
+    "frozen_then_unfrozen": "Frozen, then unfrozen",
     "from_scratch": "From scratch",
     "age_sex_floor": "Floor: age and sex only",
     "chance": "Chance",
@@ -55,6 +60,15 @@ METRICS = {
     "auc": "AUC",
     "auc_lda": "AUC, discriminants from sums",
     "auc_binned": "AUC, from histograms",
+    "average_precision": "average precision",
+    "accuracy": "accuracy",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "brier": "Brier score",
+    "ece": "calibration error",
+    "rmse": "RMSE, years",
+    "pearson": "correlation",
+    "calibration_slope": "slope of true on predicted",
     "mae": "MAE, years",
     "mae_sums": "MAE from sums, years",
     "mae_sums_unseen": "MAE from sums at unseen sites, years",
@@ -71,6 +85,21 @@ METRICS = {
     "openbhb_score": "OpenBHB score",
 }
 REFERENCES = ("chance", "age_sex_floor")
+ENDINGS = {"_female": ", female subjects", "_male": ", male subjects", "_unseen": " at unseen sites"}
+# What a table of a fine-tuned model shows beside its first figures, and of whom.
+DETAILS = (
+    "average_precision",
+    "sensitivity",
+    "specificity",
+    "accuracy",
+    "brier",
+    "ece",
+    "rmse",
+    "pearson",
+    "calibration_slope",
+)
+FIRST = ("auc", "balanced_accuracy", "mae", "r2")
+OF_WHOM = (*FIRST, "sensitivity", "specificity")
 # Filled: a linear probe; the floor and chance drawn are those of the probe fitted on train.
 PROBE_MARKERS = {
     **dict.fromkeys(LINEAR_PROBES, "o"),
@@ -78,9 +107,18 @@ PROBE_MARKERS = {
     "balanced_accuracy_boosting": "s",
     "balanced_accuracy_heldout": "D",
 }
-HOLLOW = ("balanced_accuracy_knn", "balanced_accuracy_nearest", "balanced_accuracy_boosting", "mae_unseen", "mae_sums_unseen")
+HOLLOW = (
+    "balanced_accuracy_knn",
+    "balanced_accuracy_nearest",
+    "balanced_accuracy_boosting",
+    "mae_unseen",
+    "mae_sums_unseen",
+    "auc_unseen",
+)
 AGE_ERRORS = ("mae", "mae_unseen", "mae_sums", "mae_sums_unseen")
 AREAS = ("auc", "auc_lda", "auc_binned")
+TARGET_FIGURE = "target_"
+DIAGNOSIS_TITLE = "Diagnosis AUC"
 MAX_SCANS_IN_MAP = 1000
 MAX_SITES_IN_LEGEND = 21
 
@@ -89,6 +127,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":", "-.")
 INK, SOFT, GRID = "#1c2530", "#5d6975", "#e2e6ea"
+FROZEN = ("raw", "untrained", "pretrained", "erased")
+TUNED_COLOURS = {**{str(stage): "#0072B2" for stage in TUNED_STAGES}, "from_scratch": "#D55E00", "pretrained": INK}
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -132,6 +172,7 @@ class RunRecord:
         maps: Embeddings by stage, those that were shared.
         notes: Sentences on what was left out, and why.
         traffic: Bytes of arrays that crossed the wire, by what they are and "to sites" or "from sites".
+        predictions: What fine-tuned models say of single scans, by stage, where sites share it.
     """
 
     name: str
@@ -143,6 +184,7 @@ class RunRecord:
     maps: Mapping[str, Embeddings] = field(default_factory=dict)
     notes: Sequence[str] = ()
     traffic: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    predictions: Mapping[str, Predictions] = field(default_factory=dict)
 
 
 def write_report(folder: Path, record: RunRecord) -> Path:
@@ -163,16 +205,22 @@ def write_report(folder: Path, record: RunRecord) -> Path:
 # ---- numbers and words
 
 
-def _figure(number: float, evaluation: Evaluation) -> str:
-    return digits(number, evaluation.metric)
-
-
 def _stage(stage: str) -> str:
     return STAGES.get(stage, stage)
 
 
+def _metric(metric: str, task: str) -> str:
+    """A metric in words, of whom, and in years only where it is of ages."""
+    words = METRICS.get(metric, metric)
+    for ending, of_whom in ENDINGS.items():
+        base = metric.removesuffix(ending)
+        if metric not in METRICS and base != metric and base in METRICS:
+            words = METRICS[base] + of_whom
+    return words.replace(", years", "") if task != "age" and metric.startswith(("mae", "rmse")) else words
+
+
 def _measure(e: Evaluation) -> str:
-    return f"{e.task}: {METRICS.get(e.metric, e.metric)}"
+    return f"{e.task}: {_metric(e.metric, e.task)}"
 
 
 def _in_order(evaluations: Iterable[Evaluation]) -> list[Evaluation]:
@@ -189,8 +237,9 @@ def _row_labels(rows: Sequence[Evaluation]) -> list[str]:
     return [_stage(e.stage) + (f", {e.regime}" if regimes else "") + (f", seed {e.seed}" if seeds else "") for e in rows]
 
 
-def _cards(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+def _cards(evaluations: Sequence[Evaluation], tasks: Sequence[str]) -> list[dict[str, Any]]:
     cards = []
+    tuned = ("full_finetuning", "frozen_then_unfrozen", "last_block", "linear_probe")
     for title, stages, task, metrics, others in (
         (
             "Site predictability, {stage}",
@@ -200,12 +249,16 @@ def _cards(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
             (("untrained", "before"), ("age_sex_floor", "floor"), ("chance", "chance")),
         ),
         ("Age error in years, {stage}", ("erased", "pretrained"), "age", ("mae", "mae_sums"), (("untrained", "before"),)),
-        (
-            "Diagnosis AUC, {stage}",
-            ("full_finetuning", "linear_probe", "pretrained"),
-            "diagnosis",
-            ("auc", "auc_binned", "auc_lda"),
-            (("from_scratch", "from scratch"),),
+        *(
+            (
+                f"{_capital(task)} {words}, {{stage}}",
+                (*tuned, "pretrained") if words == "AUC" else tuned,
+                task,
+                metrics,
+                (("from_scratch", "from scratch"),),
+            )
+            for task in tasks
+            for words, metrics in (("AUC", ("auc", "auc_binned", "auc_lda")), ("MAE", ("mae",)))
         ),
     ):
         found = (find(evaluations, stage, task, metric) for metric in metrics for stage in stages)
@@ -213,27 +266,118 @@ def _cards(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         if now is None:
             continue
         beside = [
-            f"{words} {_figure(e.value, e)}"
+            f"{words} {figure(e.value, e)}"
             for stage, words in others
             if (e := find(evaluations, stage, task, now.metric)) is not None
         ]
-        cards.append({"title": title.format(stage=_stage(now.stage).lower()), "now": now, "beside": ", ".join(beside)})
+        cards.append({"title": title.replace("{stage}", _stage(now.stage).lower()), "now": now, "beside": ", ".join(beside)})
     return cards
 
 
-def _pivots(evaluations: Sequence[Evaluation], sites: Sequence[str]) -> list[dict[str, Any]]:
+def _capital(task: str) -> str:
+    return task[:1].upper() + task[1:]
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """What is fine-tuned: the stages, the tasks of the section, and the labels that are one task together."""
+
+    stages: tuple[str, ...]
+    tasks: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def owns(self, e: Evaluation) -> bool:
+        """Whether a figure belongs to the section: probes of age and of site have their own."""
+        if e.stage in self.stages:
+            return e.task in (*self.tasks, *self.labels)
+        return e.task in self.tasks and e.task not in ("site", "scanner", "age")
+
+    def is_detail(self, e: Evaluation) -> bool:
+        """Whether it is shown in a table of details only."""
+        by_metric = e.metric.startswith(DETAILS) or e.metric.endswith(tuple(ENDINGS))
+        return e.stage in self.stages and (e.task in self.labels or by_metric)
+
+
+def _tuned(record: RunRecord) -> _Tuned:
+    stages = (*TUNED_STAGES, *(stage for stage in record.predictions if stage not in TUNED_STAGES))
+    told = [e.task for e in record.evaluations if e.stage in stages]
+    tasks = dict.fromkeys([*(found.target.task for found in record.predictions.values()), *told])
+    labels = [task for task in tasks if "findings" in tasks and task != "findings"]
+    return _Tuned(stages, tuple(dict.fromkeys([*(task for task in tasks if task not in labels), "diagnosis"])), tuple(labels))
+
+
+def _details(evaluations: Sequence[Evaluation], tuned: _Tuned) -> list[dict[str, Any]]:
+    """Tables of fine-tuned models over all sites, a column a stage: further figures, of whom, of each label."""
+    rows = [e for e in _in_order(evaluations) if e.stage in tuned.stages and e.site == "all"]
+    of_tasks = [e for e in rows if e.task in tuned.tasks]
+    of_groups = [e for e in of_tasks if e.metric.endswith(tuple(ENDINGS))]
+    plain = [e for e in of_tasks if e.metric in DETAILS]
+    first = [e for ending in ENDINGS for e in of_groups if e.metric.removesuffix(ending) in OF_WHOM]
+    labels = [e for e in rows if e.task in tuned.labels and e.metric == "auc"]
+    wanted = (
+        ("Further figures", plain, _measure),
+        ("Of whom, and at unseen sites", first, _measure),
+        ("AUC of each label", labels, lambda e: e.task),
+    )
+    tables = []
+    for title, chosen, name in wanted:
+        columns = list(dict.fromkeys(_row_labels(chosen)))
+        cells: dict[str, dict[str, Evaluation]] = {}
+        for e, column in zip(chosen, _row_labels(chosen), strict=True):
+            cells.setdefault(name(e), {}).setdefault(column, e)
+        if chosen:
+            listed = [(row, [of_row.get(column) for column in columns]) for row, of_row in cells.items()]
+            tables.append({"title": title, "first": "Measure", "columns": columns, "rows": listed})
+    return tables
+
+
+def _at_known_sites(record: RunRecord) -> dict[str, Predictions]:
+    """By stage, of the sites that it was trained at: the unseen ones have figures of their own."""
+    unseen = {(e.stage, e.site) for e in record.evaluations if e.metric.endswith("_unseen")}
+    return {
+        stage: found.select(np.array([(stage, site) not in unseen for site in found.site.tolist()], dtype=bool))
+        for stage, found in record.predictions.items()
+    }
+
+
+def _confusions(known: Mapping[str, Predictions]) -> list[dict[str, Any]]:
+    """Tables of held-out subjects by what they are and what they are taken for: of two classes a row a stage."""
+    tables = []
+    pairs: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
+    for stage, found in known.items():
+        target = found.target
+        if target.kind == "regression":
+            continue
+        counts_LCC = confusion(found)
+        if target.kind == "multiclass":
+            heads = [f"taken for {name}" for name in target.names]
+            rows = [(name, [str(count) for count in counts]) for name, counts in zip(target.names, counts_LCC[0], strict=True)]
+            tables.append({"first": f"{_stage(stage)}: truly", "columns": heads, "rows": rows})
+            continue
+        several = len(target.labels) > 1
+        thresholds_L, _ = operating_points(found)
+        no, yes = ("absent", "present") if several else target.names
+        heads = ["from score", f"{yes}: told", f"{yes}: missed", f"{no}: told", f"{no}: taken for {yes}"]
+        for label, threshold, counts in zip(target.labels, thresholds_L, counts_LCC, strict=True):
+            cells = [f"{threshold:.3f}", *map(str, (counts[1, 1], counts[1, 0], counts[0, 0], counts[0, 1]))]
+            pairs.setdefault(tuple(heads), []).append((f"{_stage(stage)}, {label}" if several else _stage(stage), cells))
+    return tables + [{"first": "Stage", "columns": list(heads), "rows": rows} for heads, rows in pairs.items()]
+
+
+def _pivots(evaluations: Sequence[Evaluation], sites: Sequence[str], tuned: _Tuned) -> list[dict[str, Any]]:
     """Figures of single sites: a table a task, a row a site, a column a stage and metric."""
     tables = []
-    single = _in_order(e for e in evaluations if e.site != "all")
+    first = [e for e in evaluations if e.task in tuned.tasks and e.metric.removesuffix("_unseen") in FIRST]
+    single = _in_order(e for e in evaluations if e.site != "all" and (e in first or not tuned.is_detail(e)))
     for task in dict.fromkeys(e.task for e in single):
         rows = [e for e in single if e.task == task]
         columns: dict[str, dict[str, Evaluation]] = {}
         for e, label in zip(rows, _row_labels(rows), strict=True):
             metric = e.metric.removesuffix("_unseen")
-            columns.setdefault(f"{label}: {METRICS.get(metric, metric)}", {}).setdefault(e.site, e)
+            columns.setdefault(f"{label}: {_metric(metric, task)}", {}).setdefault(e.site, e)
         named = [site for site in sites if any(site in column for column in columns.values())]
         cells = [(site, [column.get(site) for column in columns.values()]) for site in named]
-        tables.append({"title": task.capitalize(), "columns": list(columns), "rows": cells})
+        tables.append({"title": task.capitalize(), "first": "Site", "columns": list(columns), "rows": cells})
     return tables
 
 
@@ -362,28 +506,48 @@ def _words(value: Any) -> str:
 
 def _page(record: RunRecord, looks: Mapping[str, "_Look"], figures: Mapping[str, bytes], map_notes: Sequence[str]) -> str:
     overall = _in_order(e for e in record.evaluations if e.site == "all")
-    shown = ("site", "scanner", "age", "diagnosis")
+    tuned = _tuned(record)
+    probed = [e for e in overall if not tuned.owns(e)]
+    shown = ("site", "scanner", "age")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(figure=_figure, stage=_stage, measure=_measure)
+    page.filters.update(figure=figure, stage=_stage, measure=_measure)
     return page.from_string(PAGE).render(
         record=record,
         version=__version__,
         facts=_facts(record),
         verdict=verdict(record.evaluations),
-        cards=_cards(record.evaluations),
+        cards=_cards(record.evaluations, tuned.tasks),
         sites=_site_table(record),
         config=_config_groups(record.config),
         figures={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in figures.items()},
         map_notes=map_notes,
-        site_rows=[e for e in overall if e.task in ("site", "scanner")],
-        age_rows=[e for e in overall if e.task == "age"],
-        diagnosis_rows=[e for e in overall if e.task == "diagnosis"],
-        other_rows=[e for e in overall if e.task not in shown],
-        pivots=_pivots(record.evaluations, list(looks)),
+        site_rows=[e for e in probed if e.task in ("site", "scanner")],
+        age_rows=[e for e in probed if e.task == "age"],
+        tuned_rows=[e for e in overall if tuned.owns(e) and not tuned.is_detail(e)],
+        tuned_title=_tuned_title(record, tuned),
+        diagnosis_title=DIAGNOSIS_TITLE,
+        tuned_figures=[name for name in figures if name.startswith(TARGET_FIGURE)],
+        details=_details(record.evaluations, tuned),
+        confusions=_confusions(_at_known_sites(record)),
+        other_rows=[e for e in probed if e.task not in shown],
+        pivots=_pivots(record.evaluations, list(looks), tuned),
         problems=_problems(record),
         traffic=_traffic_rows(record.traffic),
         colours={site: look.colour for site, look in looks.items()},
     )
+
+
+def _tuned_title(record: RunRecord, tuned: _Tuned) -> str:
+    """Diagnosis AUC where nothing else is fine-tuned."""
+    if tuned.tasks == ("diagnosis",) and not record.predictions:
+        return DIAGNOSIS_TITLE
+    return f"Fine-tuning: {', '.join(_told(record, task) for task in tuned.tasks if task != 'diagnosis') or 'diagnosis'}"
+
+
+def _told(record: RunRecord, task: str) -> str:
+    """A task by what is told in it."""
+    labels = {found.target.labels for found in record.predictions.values() if found.target.task == task}
+    return ", ".join(min(labels)) if labels else task
 
 
 # ---- figures
@@ -403,6 +567,7 @@ def _site_looks(record: RunRecord) -> dict[str, _Look]:
     met = [site for line in record.rounds for site in line["sites"]]
     met += [site for embeddings in record.maps.values() for site in np.unique(embeddings.site).tolist()]
     met += [e.site for e in record.evaluations if e.site != "all"]
+    met += [site for found in record.predictions.values() for site in np.unique(found.site).tolist()]
     sites = [*dict.fromkeys(named), *sorted(set(met) - set(named))]
     return {
         site: _Look(
@@ -414,6 +579,7 @@ def _site_looks(record: RunRecord) -> dict[str, _Look]:
 
 def _figures(record: RunRecord, looks: Mapping[str, _Look]) -> tuple[dict[str, bytes], list[str]]:
     """PNG by name, those for which there is something to draw, and remarks on the map."""
+    tuned = _tuned(record)
     with rc_context(STYLE):
         map_figure, map_notes = _draw_maps(record.maps, looks)
         drawn = {
@@ -421,8 +587,14 @@ def _figures(record: RunRecord, looks: Mapping[str, _Look]) -> tuple[dict[str, b
             "losses_finetuning": _draw_losses(record.rounds, looks, pretraining=False),
             "embeddings": map_figure,
             "site_predictability": _draw_site_predictability(record.evaluations),
-            "age_error": _draw_age_error(record.evaluations, looks),
-            "diagnosis_auc": _draw_diagnosis(record.evaluations),
+            "age_error": _draw_age_error([e for e in record.evaluations if not tuned.owns(e)], looks),
+            **{
+                "diagnosis_auc" if task == "diagnosis" else f"{TARGET_FIGURE}{number}": _draw_target(
+                    [e for e in record.evaluations if e.task == task and tuned.owns(e)], looks
+                )
+                for number, task in enumerate(tuned.tasks, start=1)
+            },
+            "predictions": _draw_predictions(_at_known_sites(record), looks),
         }
         return {name: _png(figure) for name, figure in drawn.items() if figure is not None}, map_notes
 
@@ -628,20 +800,148 @@ def _draw_age_error(evaluations: Sequence[Evaluation], looks: Mapping[str, _Look
     return figure
 
 
-def _draw_diagnosis(evaluations: Sequence[Evaluation]) -> Figure | None:
-    rows = _in_order(e for e in evaluations if (e.task, e.site) == ("diagnosis", "all") and e.metric in AREAS)
+def _draw_target(evaluations: Sequence[Evaluation], looks: Mapping[str, _Look]) -> Figure | None:
+    """AUC, or the mean absolute error, of a task that is fine-tuned: by stage, and by site of the last stage but from scratch."""
+    areas = any(e.metric in AREAS and e.site == "all" for e in evaluations)
+    metrics, unseen = (AREAS, "auc_unseen") if areas else (("mae",), "mae_unseen")
+    rows = _in_order(e for e in evaluations if e.site == "all" and e.metric in (*metrics, unseen))
     if not rows:
         return None
-    figure = Figure(figsize=(10, 1.1 + 0.32 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    axis.axvline(0.5, color=SOFT, linewidth=1.2, linestyle=":", zorder=1)
-    frozen = {"raw", "untrained", "pretrained"}
-    labels = [f"{label}, frozen" if e.stage in frozen else label for e, label in zip(rows, _row_labels(rows), strict=True)]
-    colours = {"linear_probe": "#0072B2", "full_finetuning": "#0072B2", "from_scratch": "#D55E00", "pretrained": INK}
-    _dots(axis, rows, labels, [colours.get(e.stage, SOFT) for e in rows])
-    low = min(0.4, *(e.value if e.low is None else e.low for e in rows))
-    axis.set(xlabel="area under the ROC curve (dotted: 0.5, a coin)", xlim=(max(0.0, low - 0.03), 1))
+    by_site = [e for site in looks for e in evaluations if e.site == site and e.metric in (*metrics, unseen)]
+    stages = [e.stage for e in rows if any(e.stage == single.stage for single in by_site)]
+    last = next((stage for stage in reversed(stages) if stage != "from_scratch"), stages[-1] if stages else None)
+    single = [e for e in by_site if e.stage == last and e.regime == by_site[-1].regime]
+    figure = Figure(figsize=(10, 1.1 + 0.32 * max(len(rows), len(single))), layout="constrained")
+    axes = figure.subplots(1, 2 if single else 1, squeeze=False, sharex=True)[0]
+    labels = [
+        f"{label}{', frozen' if e.stage in FROZEN[:3] else ''}{', unseen sites' if e.metric == unseen else ''}"
+        for e, label in zip(rows, _row_labels(rows), strict=True)
+    ]
+    _dots(axes[0], rows, labels, [TUNED_COLOURS.get(e.stage, SOFT) for e in rows])
+    if single:
+        labels = [f"{_short(e.site)}{' (unseen)' if e.metric == unseen else ''}" for e in single]
+        _dots(axes[1], single, labels, [looks[e.site].colour for e in single], [looks[e.site].marker for e in single])
+        axes[0].set_title("All sites")
+        axes[1].set_title(f"{_short(_stage(str(last)))}, by site")
+    for axis in axes:
+        if areas:
+            low = min(0.4, *(e.value if e.low is None else e.low for e in [*rows, *single]))
+            axis.axvline(0.5, color=SOFT, linewidth=1.2, linestyle=":", zorder=1)
+            axis.set(xlabel="area under the ROC curve (dotted: 0.5, a coin)", xlim=(max(0.0, low - 0.03), 1))
+        else:
+            axis.set_xlabel(f"mean absolute error{', years' if rows[0].task == 'age' else ''}")
+            axis.set_xlim(left=0)
     return figure
+
+
+def _draw_predictions(known: Mapping[str, Predictions], looks: Mapping[str, _Look]) -> Figure | None:
+    """By stage, of held-out subjects: the ROC curve, how often scores come true, or predicted against true numbers."""
+    panels: dict[str, list[str]] = {}
+    for stage, found in known.items():
+        if len(subject_rows(found, "test").truth_M):
+            kinds = {"regression": ("scatter",), "binary": ("roc", "reliability")}.get(found.target.kind, ("reliability",))
+            for kind in kinds:
+                panels.setdefault(kind, []).append(stage)
+    if not panels:
+        return None
+    most = max(map(len, panels.values()))
+    grid = (
+        [[(kind, stage) for kind in panels for stage in panels[kind]]]
+        if most == 1
+        else [[(kind, stage) for stage in stages] for kind, stages in panels.items()]
+    )
+    columns = max(3, *map(len, grid))
+    figure = Figure(figsize=(10, (10 / columns + 0.35) * len(grid) + 0.5), layout="constrained")
+    axes = figure.subplots(len(grid), columns, squeeze=False)
+    draw = {"roc": _draw_roc, "reliability": _draw_reliability}
+    for axes_row, row in zip(axes, grid, strict=True):
+        for axis, place in zip(axes_row, [*row, *[None] * (columns - len(row))], strict=True):
+            if place is None:
+                axis.set_axis_off()
+                continue
+            kind, stage = place
+            axis.set_box_aspect(1)
+            axis.grid()
+            if kind == "scatter":
+                _draw_scatter(axis, known[stage], looks)
+            else:
+                draw[kind](axis, known[stage], TUNED_COLOURS.get(stage, SOFT))
+                axis.plot((0, 1), (0, 1), color=SOFT, linewidth=1.2, linestyle=":", zorder=1)
+                axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+            axis.set_title(_short(_stage(stage)))
+            if axis is not axes_row[0] and kind == row[0][0]:
+                axis.set_ylabel("")
+    if "scatter" in panels:
+        present = [site for site in looks if any((found.site == site).any() for found in known.values())]
+        _site_legend(figure, present, looks, lines=False)
+        return figure
+    handles = [
+        Line2D([], [], color=INK, marker="o", markersize=7, linestyle="-", label="ROC curve, operating point"),
+        Line2D([], [], color=INK, marker="s", markersize=5, linestyle="-", linewidth=1.2, label="share that came true, 95 %"),
+        Line2D(
+            [],
+            [],
+            color=SOFT,
+            linewidth=1.2,
+            linestyle=":",
+            label=f"{'a coin; ' if 'roc' in panels else ''}scores that mean what they say",
+        ),
+    ]
+    figure.legend(handles=handles if "roc" in panels else handles[1:], loc="outside lower center", ncols=3, columnspacing=2.2)
+    return figure
+
+
+def _draw_roc(axis: Any, found: Predictions, colour: str) -> None:
+    """The curve of held-out subjects, and where the operating point chosen on val lies on it."""
+    rows = subject_rows(found, "test")
+    axis.set(xlabel="1 - specificity", ylabel="sensitivity")
+    positive_M, score_M = rows.truth_M == 1, rows.score_MK[:, 0]
+    if positive_M.all() or not positive_M.any():
+        axis.text(0.5, 0.5, "one class only", ha="center", va="center", color=SOFT)
+        return
+    false, true, _ = roc_curve(positive_M, score_M)
+    axis.plot(false, true, color=colour, zorder=2)
+    threshold = operating_points(found)[0][0]
+    sensitivity, specificity = (score_M[positive_M] >= threshold).mean(), (score_M[~positive_M] < threshold).mean()
+    axis.plot(1 - specificity, sensitivity, marker="o", color=colour, markersize=7, zorder=3)
+    lines = (f"from score {threshold:.2f}", f"sensitivity {sensitivity:.2f}", f"specificity {specificity:.2f}")
+    axis.text(0.97, 0.05, "\n".join(lines), ha="right", va="bottom", fontsize=8, color=SOFT, linespacing=1.4)
+
+
+def _draw_reliability(axis: Any, found: Predictions, colour: str) -> None:
+    """How often scores come true."""
+    bins = reliability(found)
+    what = "probability of the class told" if found.target.kind == "multiclass" else "predicted probability"
+    axis.set(xlabel=what, ylabel="share that came true")
+    if not bins:
+        axis.text(0.5, 0.5, "too few subjects", ha="center", va="center", color=SOFT)
+        return
+    for place in bins:
+        axis.plot([place.mean_score] * 2, [place.low, place.high], color=colour, linewidth=1.2, alpha=0.55, zorder=2)
+    axis.plot(
+        [place.mean_score for place in bins],
+        [place.frequency for place in bins],
+        color=colour,
+        marker="s",
+        markersize=4.5,
+        linewidth=1.2,
+        zorder=3,
+    )
+
+
+def _draw_scatter(axis: Any, found: Predictions, looks: Mapping[str, _Look]) -> None:
+    """Predicted against true numbers of held-out subjects, by site."""
+    rows = subject_rows(found, "test")
+    for site in [site for site in looks if (rows.site_M == site).any()]:
+        at = rows.site_M == site
+        common = {"color": looks[site].colour, "marker": looks[site].marker, "s": 20, "alpha": 0.75, "linewidths": 0.4}
+        axis.scatter(rows.truth_M[at], rows.score_MK[at, 0], edgecolors="white", zorder=2, **common)
+    low, high = (limit(rows.truth_M.tolist() + rows.score_MK[:, 0].tolist()) for limit in (min, max))
+    margin = 0.05 * (high - low) or 1.0
+    axis.plot((low, high), (low, high), color=SOFT, linewidth=1.2, linestyle=":", zorder=1)
+    unit = ", years" if found.target.task == "age" else ""
+    limits = (low - margin, high + margin)
+    axis.set(xlabel=_short(f"true {found.target.task}{unit}"), ylabel=_short(f"predicted{unit}"), xlim=limits, ylim=limits)
 
 
 def _dots(

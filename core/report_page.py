@@ -27,16 +27,25 @@ PAGE = """\
 {%- macro pivot(table) -%}
 {% if table.rows %}
 <div class="wide"><table>
-<thead><tr><th>Site</th>{% for column in table.columns %}<th class="n">{{ column }}</th>{% endfor %}</tr></thead>
+<thead><tr><th>{{ table.first }}</th>{% for column in table.columns %}<th class="n">{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for site, cells in table.rows %}
-<tr><td class="name">{{ dot(site) }}{{ site }}</td>
+<tr><td class="name">{% if table.first == "Site" %}{{ dot(site) }}{% endif %}{{ site }}</td>
 {% for e in cells %}<td class="n">{% if e %}<b>{{ e.value | figure(e) }}</b><br>{{ interval(e) }}<br>
 <span class="interval">n {{ e.num_subjects }}{{ ", unseen" if e.metric.endswith("_unseen") }}</span>
 {% else %}—{% endif %}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% endif %}
+{%- endmacro -%}
+{%- macro counts(table) -%}
+<div class="wide"><table>
+<thead><tr><th>{{ table.first }}</th>{% for column in table.columns %}<th class="n">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for name, cells in table.rows %}
+<tr><td class="name">{{ name }}</td>{% for cell in cells %}<td class="n">{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
 {%- endmacro -%}
 {%- macro dot(site) -%}
 <span class="dot" style="background:{{ colours[site] }}"></span>
@@ -112,7 +121,8 @@ footer { margin-top: 56px; padding-top: 12px; border-top: 1px solid var(--line);
 </div>
 {% endif %}
 <nav><a href="#ran">What ran</a> <a href="#losses">Losses</a> <a href="#embeddings">Embeddings</a>
-<a href="#site">Site predictability</a> <a href="#age">Age error</a> <a href="#diagnosis">Diagnosis</a>
+<a href="#site">Site predictability</a> <a href="#age">Age error</a>
+<a href="#diagnosis">{{ "Diagnosis" if tuned_title == diagnosis_title else "Fine-tuning" }}</a>
 <a href="#sites">By site</a> <a href="#problems">Problems and notes</a> <a href="#reading">How to read</a></nav>
 </header>
 
@@ -192,13 +202,29 @@ the site should not cost the anatomy.</p>
 </section>
 
 <section id="diagnosis">
-<h2>Diagnosis AUC</h2>
-{% if diagnosis_rows %}
+<h2>{{ tuned_title }}</h2>
+{% if tuned_rows %}
+{% if tuned_title == diagnosis_title %}
 <p>How well patients are told from controls among held-out subjects of the target sites: by a probe on the frozen
 representation, and by classifiers fine-tuned across sites. Higher is better; 0.5 is a coin.</p>
+{% else %}
+<p>What fine-tuned models tell of held-out subjects of the sites they were trained at, the scans of a subject averaged. Of an
+AUC higher is better and 0.5 is a coin; of an error lower is better.</p>
+{% endif %}
 {{ image("diagnosis_auc", "Area under the ROC curve of diagnosis, by stage") }}
-{{ evaluations(diagnosis_rows) }}
-{% else %}<p>Diagnosis was not evaluated. The notes below say why.</p>{% endif %}
+{% for name in tuned_figures %}{{ image(name, "Area under the ROC curve or mean absolute error, by stage and by site") }}
+{% endfor %}
+{{ evaluations(tuned_rows) }}
+{% elif tuned_title == diagnosis_title %}<p>Diagnosis was not evaluated. The notes below say why.</p>
+{% else %}<p>It was not evaluated. The notes below say why.</p>{% endif %}
+{{ image("predictions", "By stage: the ROC curve with the operating point and how often scores come true, or predicted against
+true") }}
+{% if confusions %}
+<h3>What held-out subjects are taken for</h3>
+<p>Numbers of subjects. Of two classes the second is told from the score on that separates validation subjects best.</p>
+{% for table in confusions %}{{ counts(table) }}{% endfor %}
+{% endif %}
+{% for table in details %}<h3>{{ table.title }}</h3>{{ pivot(table) }}{% endfor %}
 {% if other_rows %}<h3>Other tasks</h3>{{ evaluations(other_rows) }}{% endif %}
 </section>
 
@@ -245,6 +271,15 @@ share, 1 is what neighbours drawn at random would give.</dd>
 of the variance of the representation that site explains beyond age and sex, or age beyond site and sex. Both are about 0,
 and may be negative, where there is no effect.</dd>
 <dt>AUC</dt><dd>The chance that a random patient is ranked above a random control. Only sites that have both take part.</dd>
+{% if details %}
+<dt>Operating point</dt><dd>The score from which on a finding is told: the one at which sensitivity (the share of those who have
+it that are told) plus specificity (the share of the others that are not) is largest among validation subjects. Accuracy, balanced
+accuracy, sensitivity and specificity of a fine-tuned model of two classes are at that score.</dd>
+<dt>Calibration</dt><dd>Whether of the subjects with a predicted probability of 0.7 about 70 % have it. Brier score: the mean
+squared distance of probability and truth, lower is better. Calibration error: the mean distance in ten groups of subjects by
+score, which few subjects make too large. Slope of true on predicted: 1 is calibrated, below 1 predictions are too extreme. A
+point of the figure is of five subjects or more.</dd>
+{% endif %}
 <dt>From sums</dt><dd>Probes that sites fit together without sharing a scan, on a few directions of the representation, which the
 notes name: ridge regression from moments, linear discriminants from class means and a covariance (or logistic regression from
 gradients), and the nearest class mean. They are weaker than probes of all of it: compare them with their own floor. Errors are

@@ -6,7 +6,8 @@ Shape legend: N scans in a batch, R = 2 N rows (first views, then second views),
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +32,11 @@ class TrainResult:
 
     Attributes:
         state: the weights that the steps trained, by name; what stays frozen is not among them.
-        num_scans: scans the site trained on, its weight in the average.
+        num_scans: scans the site trained on, its weight in the average; with DP-SGD the number of subjects.
         metrics: mean over the local steps of every term, by name.
         seconds: how long the local steps took.
         waited_s: how much of that they stood still for their data.
+        privacy: what DP-SGD guarantees by now, as `core.privacy.Guarantee.describe` tells it; empty without.
     """
 
     state: dict[str, Tensor]
@@ -42,6 +44,7 @@ class TrainResult:
     metrics: dict[str, float]
     seconds: float
     waited_s: float
+    privacy: dict[str, Any] = field(default_factory=dict)
 
 
 def learning_rate(base: float, round_number: int, num_rounds: int, warmup_rounds: int) -> float:
@@ -50,6 +53,26 @@ def learning_rate(base: float, round_number: int, num_rounds: int, warmup_rounds
         return base * round_number / (warmup_rounds + 1)
     progress = (round_number - 1 - warmup_rounds) / max(1, num_rounds - warmup_rounds)
     return base * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def choose_device(name: str) -> torch.device:
+    """The named device, or for ``auto`` the GPU where there is one; a GPU asked for and absent is an error, never the CPU."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one this site has, got {name!r} and no GPU is visible.")
+    return device
+
+
+def pretraining_scans(data: SiteData, config: RunConfig) -> SiteData:
+    """The scans that pretraining may see: those of healthy subjects, or all where ``data.pretrain_on`` says so."""
+    return data.select(lambda scan: config.data.pretrain_on == "all" or scan.diagnosis == "control")
+
+
+def mixed_precision(config: RunConfig, device: torch.device) -> torch.autocast:
+    """What a model computes in: bfloat16 where the run says so, which needs no scaling of losses; its weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def take_steps(losses: Iterator[dict[str, Tensor]], optimiser: torch.optim.Optimizer, where: str) -> dict[str, float]:
@@ -111,7 +134,9 @@ def pretraining_losses(
             viewed = first.new_empty(2 * len(batch), *first.shape[1:])
         for view, images, out in zip(drawn, (first, second), viewed.chunk(2), strict=True):
             view.apply(images, model.encoder.input_scale, out)
-        h_RF, z_RD = model(viewed)
+        with mixed_precision(config, device):
+            h_RF, z_RD = model(viewed)
+        h_RF, z_RD = h_RF.float(), z_RD.float()
         if model.classifier is not None:
             metadata["logits"] = torch.stack(model.classifier(h_RF).chunk(2))
         embedded = EmbeddedViews(z_RD.chunk(2), metadata)

@@ -5,27 +5,31 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from core.checkpoint import Checkpoint, save_checkpoint, write_atomically
+from core.checkpoint import Checkpoint, pseudonym_key, save_checkpoint, write_atomically
 from core.config import ConfigError, RunConfig, describe, load_config
 from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, write_metrics
+from core.evaluation.predictions import Predictions
 from core.evaluation.reading import ROLES
 from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack, unpack
-from core.models import build_classifier, build_pretrainer, num_erased, split_constants
+from core.finetuning import privacy_notes
+from core.models import Encoder, build_classifier, build_pretrainer, num_erased, split_constants
 from core.moments import Reference
 from core.report import RunRecord, write_report
 from core.scaling import standardisation_from, standardising
+from core.stages import STAGES, StageName
+from core.starts import Start, StartError, load_start, read_start
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
 from server.sites import Answer, Node, RunError, Sites, reasons
-from server.strategy import MIN_CONTRAST_SUBJECTS, NOTHING_ERASED, SiteRounds, eraser_from, read_scanners, read_sums
+from server.strategy import MIN_CONTRAST_SUBJECTS, NOTHING_ERASED, SiteRounds, StopEarly, eraser_from, read_scanners, read_sums
 
 log = logging.getLogger("isocenter")
 app = ServerApp()
@@ -50,7 +54,7 @@ def main(grid: Grid, context: Context) -> None:
     speak()
     try:
         carry_out(grid, context)
-    except (RunError, ConfigError, ExchangeError) as error:
+    except (RunError, ConfigError, ExchangeError, StartError) as error:
         log.error("stopped: %s", error)
         raise
 
@@ -58,18 +62,19 @@ def main(grid: Grid, context: Context) -> None:
 def carry_out(grid: Grid, context: Context) -> None:
     """Pretrain, fine-tune, evaluate, report."""
     config = load_config(str(context.run_config.get("overrides", "")))
+    start = None if config.start is None else read_start(config.start, config.start_keys)
     folder = new_run_folder(config)
     sites = Sites(grid, config.strategy.round_timeout_s)
     nodes = wait_for_sites(sites, config)
     results = Results()
     pretraining, targets = choose_sites(nodes, config, results), choose_targets(nodes, config)
-    log.info("fine-tuning at %s", ", ".join(targets.values() if config.finetune.stages else ()) or "no site")
+    tell_targets(targets, config, results)
     everyone = {node.node_id: node.site for node in nodes}
     evaluated = everyone if config.data.pretrain_sites is None else {**pretraining, **targets}
     num_inputs = agreed_inputs(nodes, config.data.inputs)
 
     if config.data.inputs == "table":
-        prepare_inputs(sites, pretraining, num_inputs, config, results)
+        prepare_inputs(sites, pretraining, num_inputs, config, results, start)
         sites.tell_constants(evaluated)
     model = build_pretrainer(
         config.encoder,
@@ -80,12 +85,14 @@ def carry_out(grid: Grid, context: Context) -> None:
         spatial_dims=config.data.spatial_dims,
         num_erased=num_erased(sites.constants),
     )
+    if start is not None:
+        begin_with(model.encoder, start, sites)
     untrained, _ = split_constants({name: value.clone() for name, value in model.state_dict().items()})
     about = Checkpoint(untrained | sites.constants, "untrained", 0, describe(config))
     save_checkpoint(folder / "checkpoints", about, keep=1)
     widths = {"h": model.encoder.num_features, "z": config.embedding_size}
     strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths, nodes)
-    pretrained = rounds(grid, strategy, untrained)
+    pretrained = rounds(grid, strategy, untrained) if config.num_rounds else untrained
     nodes, pretraining = sorted(strategy.met, key=lambda node: node.site), strategy.nodes
     # A site that was admitted late may be a target too.
     targets = choose_targets(nodes, config)
@@ -104,24 +111,30 @@ def carry_out(grid: Grid, context: Context) -> None:
     elif how == "sums":
         results.add(evaluate_sums(sites, evaluated, pretraining, stages, config, widths["h"]))
 
+    predictions: dict[str, Predictions] = {}
     for stage in config.finetune.stages if targets else ():
         classifier = build_classifier(
             config.encoder,
-            2,
+            config.finetune.target.num_outputs,
             config.seed,
             num_inputs=num_inputs,
             spatial_dims=config.data.spatial_dims,
             num_erased=num_erased(sites.constants),
         )
         initial, _ = split_constants({name: value.clone() for name, value in classifier.state_dict().items()})
-        if stage != "from_scratch":
+        if STAGES[stage].start == "pretrained":
             initial |= {name: value for name, value in pretrained.items() if name.startswith("encoder.")}
-        finetuned = rounds(grid, SiteRounds(config, stage, sites, targets, initial, folder), initial)
-        if how != "none":
-            score = score_predictions if how == "per_scan" else score_counted
-            results.add(score(sites, targets, finetuned, stage, config))
+        finetuned = finetuned_at(grid, targets, stage, initial, sites, folder, config)
+        if how == "per_scan":
+            labelled = {node.node_id: node.site for node in nodes if cast(int, node.about["classes-in-train"]) >= 2}
+            scored, notes = score_predictions(sites, labelled | targets, targets, finetuned, stage, config)
+            results.add((scored.evaluations, notes))
+            if scored.predictions is not None:
+                predictions[stage] = scored.predictions
+        elif how == "sums":
+            results.add(score_counted(sites, targets, finetuned, stage, config))
 
-    finish(folder, config, sites, nodes, pretraining, targets, maps, results)
+    finish(folder, config, sites, nodes, pretraining, targets, maps, predictions, results)
 
 
 class MarkedLines(logging.Formatter):
@@ -230,12 +243,12 @@ def choose_sites(nodes: list[Node], config: RunConfig, results: Results) -> dict
         RunError: a named pretraining site has too few healthy subjects, or no site has enough.
     """
     data = config.data
-    small = [node for node in nodes if int(str(node.about["healthy-train-subjects"])) < MIN_CONTRAST_SUBJECTS]
+    small = [node for node in nodes if int(str(node.about["pretraining-subjects"])) < MIN_CONTRAST_SUBJECTS]
     if data.pretrain_sites is None:
         left_out = [node for node in small if node.site not in data.unseen_sites]
         pretraining = [node for node in nodes if node.site not in data.unseen_sites and node not in left_out]
         if left_out:
-            told = ", ".join(f"{node.site} ({node.about['healthy-train-subjects']})" for node in left_out)
+            told = ", ".join(f"{node.site} ({node.about['pretraining-subjects']})" for node in left_out)
             text = (
                 f"Left out of pretraining, for want of {MIN_CONTRAST_SUBJECTS} healthy training subjects to contrast: {told}. "
                 "They count as unseen."
@@ -248,7 +261,7 @@ def choose_sites(nodes: list[Node], config: RunConfig, results: Results) -> dict
             if node.site in data.pretrain_sites:
                 raise RunError(
                     f"site {node.site}: healthy training subjects must be at least {MIN_CONTRAST_SUBJECTS} to contrast, "
-                    f"got {node.about['healthy-train-subjects']}. Leave it out with data.pretrain_sites=[...]."
+                    f"got {node.about['pretraining-subjects']}. Leave it out with data.pretrain_sites=[...]."
                 )
     if not pretraining:
         raise RunError(
@@ -282,8 +295,10 @@ def choose_targets(nodes: Sequence[Node], config: RunConfig) -> dict[int, str]:
     return {node.node_id: node.site for node in targets}
 
 
-def prepare_inputs(sites: Sites, nodes: Mapping[int, str], num_inputs: int, config: RunConfig, results: Results) -> None:
-    """Agree on the constants that an encoder of rows begins with, and tell them to the pretraining sites.
+def prepare_inputs(
+    sites: Sites, nodes: Mapping[int, str], num_inputs: int, config: RunConfig, results: Results, start: Start | None
+) -> None:
+    """Agree on the constants that an encoder of rows begins with, and tell them to the pretraining sites; a start has its own.
 
     Mean and scale of every feature come from the sums of every site. Where site and scanner are erased from the inputs, the
     sites then tell sums of the standardised features by scanner, and at last the spread of what is left of each feature.
@@ -291,6 +306,15 @@ def prepare_inputs(sites: Sites, nodes: Mapping[int, str], num_inputs: int, conf
     Raises:
         RunError: a site did not answer, or no site tells enough of a feature.
     """
+    if start is not None and start.encoder:
+        _, own = split_constants(start.encoder)
+        if {name: value.shape[-1] for name, value in own.items()} != dict.fromkeys(own, num_inputs) or not own:
+            raise RunError(
+                f"start: {start.name} must be an encoder of the {num_inputs} features that the sites hold, it is of others. "
+                "Name the same columns with data.columns.features."
+            )
+        sites.set_constants(nodes, own)
+        return
 
     def from_all(query: str, read: Callable[[RecordDict, str], Answer]) -> dict[str, Answer]:
         about = ConfigRecord({"fingerprint": fingerprint(), "space": "input"})
@@ -323,14 +347,46 @@ def prepare_inputs(sites: Sites, nodes: Mapping[int, str], num_inputs: int, conf
 
 
 def rounds(grid: Grid, strategy: SiteRounds, initial: State) -> State:
-    """All rounds of a stage from an initial state to the final one."""
-    result = strategy.start(
-        grid=grid,
-        initial_arrays=pack(initial)[0],
-        num_rounds=strategy.num_rounds,
-        timeout=strategy.config.strategy.round_timeout_s,
-    )
-    return unpack(result.arrays, strategy.layout)
+    """All rounds of a stage from an initial state to the one that is taken: the last, or the best on validation subjects."""
+    try:
+        result = strategy.start(
+            grid=grid,
+            initial_arrays=pack(initial)[0],
+            num_rounds=strategy.num_rounds,
+            timeout=strategy.config.strategy.round_timeout_s,
+        )
+    except StopEarly:
+        return strategy.best_state()
+    return unpack(result.arrays, strategy.layout) if strategy.best is None else strategy.best_state()
+
+
+def tell_targets(targets: Mapping[int, str], config: RunConfig, results: Results) -> None:
+    """Say where fine-tuning will be; that there is nowhere to do it is noted."""
+    if not config.finetune.stages:
+        return
+    log.info("fine-tuning at %s", ", ".join(targets.values()) or "no site")
+    if not targets:
+        results.notes.append(
+            f"Nothing was fine-tuned: no site has training scans of two classes of {config.finetune.target.task}."
+        )
+
+
+def begin_with(encoder: Encoder, start: Start, sites: Sites) -> None:
+    """Put the start's weights into the encoder; the constants of an encoder of rows are those that the sites were told."""
+    load_start(encoder, replace(start, encoder=start.encoder | sites.constants) if start.encoder else start)
+    log.info("beginning with the encoder of %s", start.name)
+
+
+def finetuned_at(
+    grid: Grid, targets: Mapping[int, str], stage: StageName, initial: State, sites: Sites, folder: Path, config: RunConfig
+) -> dict[int, State]:
+    """The weights that a stage gives each target site: the same at all, or each site's own."""
+    if config.finetune.where == "federated":
+        return dict.fromkeys(targets, rounds(grid, SiteRounds(config, stage, sites, targets, initial, folder), initial))
+    return {
+        node: rounds(grid, SiteRounds(config, stage, sites, {node: site}, initial, folder, own=site), initial)
+        for node, site in targets.items()
+    }
 
 
 def erase(strategy: SiteRounds, pretrained: State, folder: Path, config: RunConfig, results: Results) -> Eraser | None:
@@ -352,6 +408,7 @@ def finish(
     pretraining: Mapping[int, str],
     targets: Mapping[int, str],
     maps: Mapping[str, Embeddings],
+    predictions: Mapping[str, Predictions],
     results: Results,
 ) -> None:
     """Write the figures, who had which role, what crossed the wire and the report, and log the summary table."""
@@ -366,7 +423,12 @@ def finish(
     write_atomically(folder / "traffic.json", (json.dumps(traffic, indent=1) + "\n").encode())
     for stage, embeddings in maps.items():
         embeddings.save(folder / f"embeddings-{stage}.npz")
-    lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    for stage, scored in predictions.items():
+        scored.write_csv(folder / f"predictions-{stage}.csv", pseudonym_key(folder), known_sites=set(targets.values()))
+    rounds_file = folder / "rounds.jsonl"
+    lines = rounds_file.read_text(encoding="utf-8").splitlines() if rounds_file.exists() else []
+    told = [json.loads(line) for line in lines]
+    results.notes += privacy_notes(told)
     table = [
         {
             "name": node.site,
@@ -386,9 +448,10 @@ def finish(
         config=describe(config),
         status="finished",
         sites=table,
-        rounds=[json.loads(line) for line in lines],
+        rounds=told,
         evaluations=results.evaluations,
         maps=dict(maps),
+        predictions=dict(predictions),
         notes=results.notes,
         traffic=traffic,
     )

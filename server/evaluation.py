@@ -27,7 +27,8 @@ from core.evaluation.federated_server import (
 from core.evaluation.federated_site import FLOORS, SITE_PROBES, GroupMeans, ProbeErrors, ProbeMoments
 from core.evaluation.intervals import Evaluation, NotEvaluableError
 from core.evaluation.outcomes import Results
-from core.evaluation.probes import chance_and_floor, evaluate, evaluate_predictions
+from core.evaluation.predictions import Predictions, evaluate_predictions
+from core.evaluation.probes import chance_and_floor, evaluate
 from core.evaluation.score_sums import SCORE_BINS, ScoreCounts
 from core.evaluation.sums import random_directions
 from core.exchange import (
@@ -40,6 +41,7 @@ from core.exchange import (
     pack_message,
     unpack_embeddings,
     unpack_message,
+    unpack_predictions,
 )
 from core.moments import Reference, reference_from
 from server.sites import Failures, Node, RunError, Sites, reasons
@@ -110,21 +112,45 @@ def collect_embeddings(sites: Sites, nodes: Mapping[int, str], state: State) -> 
     return Embeddings.concatenate(parts) if parts else None, refusals(failures)
 
 
-def score_predictions(sites: Sites, nodes: Mapping[int, str], state: State, stage: str, config: RunConfig) -> Results:
-    """Score a fine-tuned classifier on the test scans of the sites that share their scores."""
-    arrays, layout = pack(state)
-    task = content(arrays=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
-    answers, failures = sites.ask(nodes, "query.predict", lambda _: task)
+@dataclass(frozen=True)
+class Scored:
+    """What a stage of fine-tuning told on held-out scans: the figures, and the predictions they are of."""
+
+    evaluations: list[Evaluation]
+    predictions: Predictions | None
+
+
+def score_predictions(
+    sites: Sites, nodes: Mapping[int, str], targets: Mapping[int, str], states: Mapping[int, State], stage: str, config: RunConfig
+) -> tuple[Scored, list[str]]:
+    """Score fine-tuned classifiers on the held-out scans of the sites that share them, at other sites than the targets too.
+
+    A model of one site alone is scored there; what all target sites have learnt together is scored everywhere.
+    """
+    alone = config.finetune.where == "local"
+    shared = next(iter(states.values()))
+
+    def task_of(node: int) -> RecordDict:
+        arrays, layout = pack(states.get(node, shared))
+        # No scan of a site that is called unseen has been trained on.
+        unseen = node not in targets and nodes[node] in config.data.unseen_sites
+        return content(arrays=arrays, config=about(layout=layout, unseen=unseen))
+
+    answers, failures = sites.ask(targets if alone else nodes, "query.predict", task_of)
     notes = refusals(failures)
     if not answers:
-        return [], notes
-    columns = {site: {k: v.numpy() for k, v in answer.array_records["predictions"].items()} for site, answer in answers.items()}
-    joined = {name: np.concatenate([column[name] for column in columns.values()]) for name in ("label", "score", "subject")}
-    site = np.concatenate([np.full(len(column["label"]), name) for name, column in columns.items()])
-    found, more = evaluate_predictions(
-        joined["label"], joined["score"], joined["subject"], site, stage=stage, regime="federated", seed=config.seed
-    )
-    return found, notes + more
+        return Scored([], None), notes
+    target = config.finetune.target
+    parts = []
+    for site, answer in answers.items():
+        parts.append(unpack_predictions(answer.array_records["predictions"], target, f"site {site}"))
+        if set(parts[-1].site.tolist()) - {site}:
+            raise RunError(f"site {site}: predictions must be its own, got another site's name. Ask the site for its log.")
+    joined = Predictions.concatenate(parts)
+    regime = "local-only" if alone else "federated"
+    known = set(targets.values())
+    found, more = evaluate_predictions(joined, stage=stage, regime=regime, seed=config.seed, known_sites=known)
+    return Scored(found, joined), notes + more
 
 
 def refusals(failures: Failures) -> list[str]:
@@ -406,18 +432,28 @@ def evaluate_sums(
     return evaluations, notes
 
 
-def score_counted(sites: Sites, nodes: Mapping[int, str], state: State, stage: str, config: RunConfig) -> Results:
-    """Score a fine-tuned classifier from histograms of its scores at the sites."""
-    arrays, layout = pack(state)
-    task = content(arrays=arrays, config=about(layout=layout))
-    counts = ask_all(sites, nodes, "query.scores", lambda _: task, read_scores)
+def score_counted(sites: Sites, nodes: Mapping[int, str], states: Mapping[int, State], stage: str, config: RunConfig) -> Results:
+    """Score fine-tuned classifiers of two classes from histograms of their scores at the sites."""
+    target = config.finetune.target
+    if target.kind != "binary":
+        return [], [
+            f"Not evaluated: {stage}: from sums a target must be of two classes, {target.task} is {target.kind}. Its figures "
+            "need sites that share the results of single scans."
+        ]
+
+    def task_of(node: int) -> RecordDict:
+        arrays, layout = pack(states[node])
+        return content(arrays=arrays, config=about(layout=layout))
+
+    counts = ask_all(sites, nodes, "query.scores", task_of, read_scores)
     scorer = Scorer(stage=stage, seed=config.seed)
     try:
         found, notes = scorer.diagnosis("auc_binned", counts)
     except NotEvaluableError as reason:
         return [], [f"Not evaluated: {stage}: {reason}"]
     found += scorer.accuracy("balanced_accuracy_binned", counts)
-    return found, gathered("diagnosis", notes, list(counts))
+    regime = "local-only" if config.finetune.where == "local" else "federated"
+    return [replace(e, task=target.task, regime=regime) for e in found], gathered("diagnosis", notes, list(counts))
 
 
 def read_scores(answer: RecordDict, site: str) -> ScoreCounts:

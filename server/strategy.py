@@ -21,6 +21,7 @@ from core.config import RunConfig, describe
 from core.erasure import Eraser, ScannerSums, fewest_directions, fit_eraser
 from core.exchange import (
     ExchangeError,
+    State,
     check_like,
     content,
     fingerprint,
@@ -42,7 +43,12 @@ NOTHING_ERASED = (
 )
 MIN_CONTRAST_SUBJECTS = 4
 STOP_AT_ONCE = {"not_finite", "code"}
+PRIVACY_NUMBERS = ("epsilon", "epsilon_rdp", "delta", "noise_multiplier", "clip_norm", "sample_rate", "steps")
 NO_TERMS = {"num-examples", "seconds", "waited-seconds"}  # of a training answer's metrics; all others are terms of the loss
+
+
+class StopEarly(Exception):  # noqa: N818 - nothing is wrong
+    """The validation loss has not fallen for as many rounds as the run waits; `SiteRounds.best` is what is taken."""
 
 
 class SiteRounds(FedAvg):
@@ -60,6 +66,7 @@ class SiteRounds(FedAvg):
         folder: where checkpoints and ``rounds.jsonl`` go.
         widths: number of features of the spaces ``h`` and ``z``, for what is exchanged about them.
         met: every site that has told about itself, in pretraining or not; who connects later may be taken in.
+        own: the site whose own model it is, where each has one; part of the checkpoint's name.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class SiteRounds(FedAvg):
         folder: Path,
         widths: Mapping[str, int] = MappingProxyType({}),
         met: Sequence[Node] = (),
+        own: str | None = None,
     ) -> None:
         super().__init__(min_train_nodes=1, min_available_nodes=1)
         self.config = config
@@ -83,6 +91,10 @@ class SiteRounds(FedAvg):
         self.widths = widths
         self.num_rounds = config.num_rounds if stage == "pretrain" else config.finetune.num_rounds
         self.met = list(met)
+        self.saved_as = stage if own is None else f"{stage}-{own}"
+        self.patience = None if stage == "pretrain" else config.finetune.patience
+        self.best: tuple[float, int, ArrayRecord] | None = None
+        self.privacy: dict[str, dict[str, float]] = {}
         self.refused: set[int] = set()
         self.arrivals: dict[str, str] = {}
         self.layout = pack(template)[1]
@@ -301,6 +313,8 @@ class SiteRounds(FedAvg):
             try:
                 check_like(unpack_state(answer), self.template, f"site {site}")
                 check_metrics(answer.metric_records["metrics"], f"site {site}")
+                if "privacy" in answer.metric_records:
+                    self.privacy[site] = read_privacy(answer.metric_records["privacy"], f"site {site}")
             except (ExchangeError, KeyError) as error:
                 failures[site] = ("exchange", str(error))
                 del answers[site]
@@ -316,19 +330,56 @@ class SiteRounds(FedAvg):
             raise RunError(f"{self.stage}, round {server_round}: the average must not be empty.")
         arrays = restore_dtypes(averaged, accepted)
         state = unpack(arrays, self.layout) | self.sites.constants
-        checkpoint = Checkpoint(state, self.stage, server_round, describe(self.config))
+        checkpoint = Checkpoint(state, self.saved_as, server_round, describe(self.config))
         save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
-        self.tell(server_round, {site: answer.metric_records["metrics"] for site, answer in answers.items()}, failures)
+        validation = self.validate(server_round, arrays) if self.patience is not None else None
+        told = {site: answer.metric_records["metrics"] for site, answer in answers.items()}
+        self.tell(server_round, told, failures, validation)
+        if validation is not None and self.best is not None and server_round - self.best[1] >= cast(int, self.patience):
+            log.info("%s: no smaller validation loss since round %d, whose weights are taken", self.stage, self.best[1])
+            raise StopEarly
         return arrays, metrics
 
-    def tell(self, round_number: int, metrics: Mapping[str, MetricRecord], failures: Mapping[str, tuple[str, str]]) -> None:
+    def validate(self, round_number: int, arrays: ArrayRecord) -> float | None:
+        """Mean validation loss of the round's weights over the sites that may tell it; None where none may. Keeps the best."""
+
+        def read(answer: RecordDict, where: str) -> tuple[int, float]:
+            metrics = answer.metric_records["metrics"]
+            subjects, loss = metrics["subjects"], metrics["loss"]
+            if not isinstance(subjects, int) or subjects < 0 or not isinstance(loss, float) or not np.isfinite(loss):
+                raise ExchangeError(f"{where}: a validation loss must be finite and of a number of subjects, got another.")
+            return subjects, loss
+
+        told = self.gather(round_number, "query.validation", self.task(round_number, arrays), read)
+        whole = sum(subjects for subjects, _ in told.values())
+        if whole == 0:
+            if round_number == 1:
+                log.warning("%s: no site has as many validation subjects as a group needs; no round stops early", self.stage)
+            return None
+        loss = sum(subjects * loss for subjects, loss in told.values()) / whole
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, round_number, arrays)
+        return loss
+
+    def best_state(self) -> State:
+        """The weights of the smallest validation loss."""
+        assert self.best is not None
+        return unpack(self.best[2], self.layout)
+
+    def tell(
+        self,
+        round_number: int,
+        metrics: Mapping[str, MetricRecord],
+        failures: Mapping[str, tuple[str, str]],
+        validation: float | None = None,
+    ) -> None:
         """Append the round to ``rounds.jsonl`` and log one line."""
         now = time.monotonic()
         seconds = now - self.round_started
         values = {site: {name: cast(float, v) for name, v in m.items() if name not in NO_TERMS} for site, m in metrics.items()}
         shares = [min(1.0, cast(float, m["waited-seconds"]) / max(cast(float, m["seconds"]), 1e-9)) for m in metrics.values()]
         line: dict[str, object] = {
-            "stage": self.stage,
+            "stage": self.saved_as,
             "round": round_number,
             "seconds": round(seconds, 3),
             "waited_share": dict(zip(metrics, (round(share, 4) for share in shares), strict=True)),
@@ -338,18 +389,23 @@ class SiteRounds(FedAvg):
             line["exchange"] = self.exchanged
         if self.arrivals:
             line["late"] = self.arrivals
+        if self.privacy:
+            line["privacy"] = dict(self.privacy)
+        if validation is not None:
+            line["validation_loss"] = validation
         if failures:
             line["failures"] = {site: text for site, (_, text) in failures.items()}
         with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         left = (now - self.started) / round_number * (self.num_rounds - round_number)
-        losses = "  ".join(f"{site} {value['loss']:.3f}" for site, value in values.items())
+        losses = "  ".join(f"{site} {value['loss']:.3f}" for site, value in values.items() if "loss" in value) or "private"
         log.info(
-            "%s  round %d/%d  loss  %s  %.1f s, steps waited %.1f %% for data, %s left",
+            "%s  round %d/%d  loss  %s%s  %.1f s, steps waited %.1f %% for data, %s left",
             self.stage,
             round_number,
             self.num_rounds,
             losses,
+            "" if validation is None else f"  validation {validation:.3f}",
             seconds,
             100 * max(shares, default=0.0),
             f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s",
@@ -369,7 +425,7 @@ def why_not_late(node: Node, met: Sequence[Node], config: RunConfig) -> str | No
         return "a site that joins must be one that may pretrain, data.pretrain_sites names others."
     if any(node.about["inputs"] != other.about["inputs"] for other in met):
         return "its inputs must be those of the other sites, they are others. Mend its data or data.columns."
-    subjects = int(str(node.about["healthy-train-subjects"]))
+    subjects = int(str(node.about["pretraining-subjects"]))
     if subjects < MIN_CONTRAST_SUBJECTS:
         return f"healthy training subjects must be at least {MIN_CONTRAST_SUBJECTS} to contrast, got {subjects}."
     return None
@@ -413,6 +469,14 @@ def check_metrics(metrics: MetricRecord, where: str) -> None:
     bad += [name for name in sorted(NO_TERMS) if name not in bad and not cast(float, metrics[name]) >= 0]
     if bad or metrics["num-examples"] == 0:
         raise ExchangeError(f"{where}: metrics must be finite numbers and num-examples positive, got {bad or ['num-examples']}.")
+
+
+def read_privacy(told: MetricRecord, where: str) -> dict[str, float]:
+    """What DP-SGD guarantees at a site, in numbers, checked; without noise there is no epsilon."""
+    values = {name: value for name, value in told.items() if name in PRIVACY_NUMBERS and not isinstance(value, list)}
+    if len(values) < len(told) or not all(np.isfinite(value) and value >= 0 for value in values.values()):
+        raise ExchangeError(f"{where}: a guarantee must be finite numbers of {list(PRIVACY_NUMBERS)}, got others.")
+    return values
 
 
 def restore_dtypes(averaged: ArrayRecord, replies: list[Message]) -> ArrayRecord:

@@ -28,7 +28,7 @@ from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import subject_bootstrap
 from core.evaluation.probes import planar_map
 from core.models import build_pretrainer
-from core.training import embed
+from core.training import embed, pretraining_scans
 
 NEIGHBOURS = 10
 
@@ -51,7 +51,6 @@ def pretrained_encoder(root: Path, overrides: Sequence[str]) -> tuple[RunConfig,
 
 def healthy_embeddings(config: RunConfig, state: dict[str, torch.Tensor]) -> Embeddings:
     """Representations of one scan of every healthy subject of known age at the pretraining sites; train and test."""
-    from client.app import healthy
     from client.site import holdings, this_site
 
     assert config.data.root is not None
@@ -64,7 +63,8 @@ def healthy_embeddings(config: RunConfig, state: dict[str, torch.Tensor]) -> Emb
             continue
         site = this_site({"partition-id": number, "num-partitions": len(names)}, config)
         for split in ("train", "test"):
-            data = healthy(holdings(site, config).splits[split]).first_scans().select(lambda scan: scan.age_years is not None)
+            healthy = pretraining_scans(holdings(site, config).splits[split], config)
+            data = healthy.first_scans().select(lambda scan: scan.age_years is not None)
             h_NF, _ = embed(model, data, site.device)
             parts.append(
                 Embeddings(

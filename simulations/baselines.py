@@ -18,19 +18,20 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from client.app import healthy, labelled
-from client.site import Holdings, holdings, this_site
+from client.site import holdings, this_site
 from core.checkpoint import load_strictly
 from core.combat import pooled_combat
 from core.config import DebiasConfig, RunConfig
+from core.data.holdings import Holdings
 from core.data.manifest import Manifest, split_by_subject
 from core.data.site import SiteData, default_cache_root
 from core.data.table import FeatureRows
 from core.evaluation.embeddings import Embeddings
+from core.finetuning import labelled, num_classes
 from core.models import Pretrainer, RowEncoder, build_pretrainer, num_erased
 from core.privacy import NoHardening
 from core.scaling import input_sums, standardisation_from, standardising
-from core.training import embed
+from core.training import embed, pretraining_scans
 from server.app import Results, choose_sites, choose_targets
 from server.sites import Node
 from simulations.methods import FedBN, FedDAPL, FedHarmony, FedProx, Method, Progress, State, Trained, federate
@@ -66,7 +67,7 @@ class SitesData:
     @property
     def training(self) -> dict[str, SiteData]:
         """What each known site trains on: its healthy training scans."""
-        return {site: healthy(self.splits[site]["train"]) for site in self.known}
+        return {site: pretraining_scans(self.splits[site]["train"], self.config) for site in self.known}
 
     def parts(self) -> Iterator[SiteData]:
         """The scans of the table, in its order."""
@@ -125,7 +126,7 @@ def open_sites(config: RunConfig) -> SitesData:
     virtual = [this_site({"partition-id": number, "num-partitions": num_sites}, config) for number in range(num_sites)]
     held = {site.name: holdings(site, config) for site in virtual}
     results = Results()
-    nodes = [Node(number, site, _about(held[site])) for number, site in enumerate(held)]
+    nodes = [Node(number, site, _about(held[site], config)) for number, site in enumerate(held)]
     pretraining, targets = choose_sites(nodes, config, results), choose_targets(nodes, config)
     if config.data.pretrain_sites is not None:
         held = {site: held[site] for site in held if site in {*pretraining.values(), *targets.values()}}
@@ -372,12 +373,12 @@ def _fresh_model(config: RunConfig, splits: Mapping[str, Mapping[str, SiteData]]
     )
 
 
-def _about(held: Holdings) -> dict[str, object]:
+def _about(held: Holdings, config: RunConfig) -> dict[str, object]:
     """The counts by which the server chooses sites."""
     train = held.splits["train"]
     return {
-        "healthy-train-subjects": _num_subjects(healthy(train)),
-        "classes-in-train": len({scan.diagnosis for scan in labelled(train).scans}),
+        "pretraining-subjects": _num_subjects(pretraining_scans(train, config)),
+        "classes-in-train": num_classes(labelled(train, config.finetune.target), config.finetune.target),
         "scanners": held.num_scanners,
     }
 

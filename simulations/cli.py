@@ -1,18 +1,13 @@
 """Commands of one machine: `isocenter run`, `isocenter compare`, `isocenter phantom`."""
 
 import json
-import logging
 import shlex
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from core.cli import Overrides, checked
-
-if TYPE_CHECKING:
-    from core.data.site import Source
+from core.cli import Overrides, checked, decode_first
 
 APP = Path(__file__).parents[1]
 
@@ -56,7 +51,7 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     try:
         source = config.data.source(default_cache_root(), config.data.places | places)
         num_sites = len(source.sites())
-        prepare(source)
+        decode_first(source)
     except ValueError as error:
         fail(str(error))
     name = free_name(output, config.name)
@@ -82,39 +77,6 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
         fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}")
     typer.echo(f"finished in {outcome.seconds:.0f} s")
     return folder
-
-
-def prepare(source: "Source") -> None:
-    """Decode what the cache lacks of a folder of images, with a progress bar: the virtual sites find it there.
-
-    What is wrong with single scans is not told here; each site logs and counts it.
-    """
-    from rich.progress import Progress
-
-    from core.data.cache import open_cache, plan_build
-    from core.data.site import ImageSource
-
-    if not isinstance(source, ImageSource):
-        return
-    logger = logging.getLogger("isocenter")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        manifests = [source.manifest(site) for site in source.sites()]
-        plans = [plan_build(manifest, source.settings, source.cache_root) for manifest in manifests]
-        missing = sum(plan.num_missing for plan in plans)
-        if not missing:
-            return
-        megabytes = sum(plan.missing_bytes for plan in plans) / 1e6
-        typer.echo(f"decoding {missing} scans, once: {megabytes:.0f} MB in {source.cache_root}")
-        with Progress(transient=True) as bar:
-            task = bar.add_task("decoding", total=missing)
-            for manifest, plan in zip(manifests, plans, strict=True):
-                before = bar.tasks[0].completed - (plan.num_images - plan.num_missing)
-                move = partial(lambda before, ready, _: bar.update(task, completed=before + ready), before)
-                open_cache(manifest, source.settings, source.cache_root, progress=move)
-    finally:
-        logger.setLevel(level)
 
 
 def free_name(output: Path, name: str) -> str:

@@ -16,6 +16,8 @@ from core.evaluation.intervals import (
     subject_bootstrap,
     write_metrics,
 )
+from core.evaluation.predictions import Predictions, evaluate_predictions
+from core.targets import Target
 
 PROBES = (
     "balanced_accuracy",
@@ -438,14 +440,16 @@ def test_diagnosis_is_probed_only_where_both_are_found():
 
 
 def test_predictions_are_scored_overall_and_by_site():
-    labels = np.array([0, 1, 0, 1, 0, 1] * 10)
+    labels = np.array([0.0, 1, 0, 1, 0, 1] * 10)
     site = np.repeat(["X", "Y"], 30)
-    subjects = np.tile(np.arange(30), 2)
-    scores = np.where(site == "X", labels, 1 - labels) * 0.8 + 0.1
-    found, notes = probes.evaluate_predictions(
-        labels, scores, subjects, site, stage="linear_probe", regime="federated", seed=4, num_resamples=50
-    )
-    values = {(e.site, e.metric): e.value for e in found}
+
+    def predicted(labels) -> Predictions:
+        scores = np.where(site == "X", labels, 1 - labels) * 0.8 + 0.1
+        columns = {"subject": np.tile(np.arange(30), 2), "site": site, "sex": np.full(60, ""), "split": np.full(60, "test")}
+        return Predictions(target=Target(), values_NL=labels[:, None], scores_NK=scores[:, None], **columns)
+
+    found, notes = evaluate_predictions(predicted(labels), stage="linear_probe", regime="federated", seed=4, num_resamples=50)
+    values = {(e.site, e.metric): e.value for e in found if e.metric in ("auc", "balanced_accuracy")}
     assert values == {
         ("all", "auc"): 0.5,
         ("all", "balanced_accuracy"): 0.5,
@@ -455,29 +459,12 @@ def test_predictions_are_scored_overall_and_by_site():
         ("Y", "balanced_accuracy"): 0.0,
     }
     assert {(e.task, e.stage, e.seed) for e in found} == {("diagnosis", "linear_probe", 4)}
-    assert [e.num_subjects for e in found] == [60, 60, 30, 30, 30, 30]
-    assert notes == []
+    assert {(e.site, e.num_subjects) for e in found} == {("all", 60), ("X", 30), ("Y", 30)}
+    assert any("val has not both classes" in note for note in notes)
 
-    labels = np.where(site == "Y", 0, labels)
-    found, notes = probes.evaluate_predictions(labels, scores, subjects, site, num_resamples=50, **RUN)
-    assert {e.site for e in found} == {"all", "X"}
-    assert any("diagnosis auc at site Y has no value" in note for note in notes)
-
-
-def test_predictions_refuse_what_is_no_probability_or_label():
-    right = {
-        "labels": np.array([0, 1]),
-        "scores": np.array([0.2, 0.9]),
-        "subjects": np.array([0, 1]),
-        "site": np.array(["X", "X"]),
-    }
-    for change, message in (
-        ({"scores": np.array([-3.0, 2.0])}, "scores must be probabilities"),
-        ({"labels": np.array([1, 2])}, "labels must be 0 or 1"),
-        ({"labels": np.array([1])}, "must be as long"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            probes.evaluate_predictions(**right | change, **RUN)
+    found, notes = evaluate_predictions(predicted(np.where(site == "Y", 0.0, labels)), num_resamples=50, **RUN)
+    assert {e.site for e in found if e.metric == "auc"} == {"all", "X"}
+    assert any("diagnosis auc, " in note and "at site Y have no value" in note for note in notes)
 
 
 def test_planar_map_keeps_far_groups_apart():

@@ -8,7 +8,9 @@ import pytest
 
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation
+from core.evaluation.predictions import Predictions, confusion, evaluate_predictions, operating_points
 from core.report import RunRecord, verdict, write_report
+from core.targets import Target
 
 SECTIONS = ("ran", "losses", "embeddings", "site", "age", "diagnosis", "sites", "problems", "reading")
 FIGURES = {
@@ -268,3 +270,112 @@ def test_verdict_compares_with_the_floor(value, place):
 def test_verdict_says_only_what_is_known():
     alone = [figure("pretrained", "site", "balanced_accuracy", 0.41)]
     assert verdict(alone) == ("Site can be read from the pretrained representation with balanced accuracy 0.41 [0.33, 0.49].")
+
+
+# fine-tuning
+
+
+def predicted(target: Target, seed: int, count: int = 120) -> Predictions:
+    random = np.random.default_rng(seed)
+    place = np.arange(count)
+    values = random.integers(max(2, len(target.names)), size=(count, len(target.labels))).astype(float)
+    if target.kind == "regression":
+        values = random.uniform(20, 80, (count, 1))
+        scores = values + random.normal(0, 8, (count, 1))
+    elif target.kind == "multiclass":
+        scores = random.dirichlet(np.ones(len(target.names)), count)
+    else:
+        scores = np.clip(0.3 * values + random.uniform(0, 0.7, values.shape), 0, 1)
+    return Predictions(
+        target=target,
+        values_NL=values,
+        scores_NK=scores,
+        subject=place,
+        site=np.array(["North", "South", "East"])[place % 3],
+        sex=np.array(["F", "M"])[place // 3 % 2],
+        split=np.where(place // 3 % 4 == 0, "val", "test"),
+    )
+
+
+def fine_tuned(target: Target, stages=("linear_probe", "full_finetuning")) -> RunRecord:
+    """A run that fine-tuned at North and South, and kept East for the end."""
+    told = {stage: predicted(target, seed) for seed, stage in enumerate(stages)}
+    known = {"regime": "federated", "seed": 3, "known_sites": {"North", "South"}, "num_resamples": 30}
+    found = [e for stage, of in told.items() for e in evaluate_predictions(of, stage=stage, **known)[0]]
+    probe = figure("pretrained", "age", "mae", 5.3, 1.0)
+    return RunRecord(name="tuned", status="finished", evaluations=[probe, *found], predictions=told)
+
+
+@pytest.mark.parametrize(
+    ("target", "figures", "texts"),
+    [
+        (
+            Target(),
+            {"diagnosis_auc.png", "predictions.png"},
+            ("Fine-tuning: diagnosis", "patient: told", "control: taken for patient", "diagnosis: AUC, female subjects"),
+        ),
+        (
+            Target(kind="multiclass", labels=("stage",), classes=("CN", "MCI", "AD")),
+            {"target_1.png", "predictions.png"},
+            ("Fine-tuning: stage", "Full fine-tuning: truly taken for CN taken for MCI taken for AD", "stage: calibration error"),
+        ),
+        (
+            Target(kind="multilabel", labels=("lesion", "bleed")),
+            {"target_1.png", "predictions.png"},
+            ("Fine-tuning: lesion, bleed", "AUC of each label", "Linear probe, bleed", "findings: AUC at unseen sites"),
+        ),
+        (
+            Target(kind="regression", labels=("volume",)),
+            {"target_1.png", "predictions.png"},
+            ("Fine-tuning: volume", "volume: RMSE", "volume: MAE at unseen sites", "Full fine-tuning: MAE"),
+        ),
+    ],
+)
+def test_fine_tuning_is_shown_for_any_target(tmp_path, target, figures, texts):
+    run = fine_tuned(target)
+    page = write_report(tmp_path, run).read_text(encoding="utf-8")
+    assert re.findall(r'<section id="(\w+)">', page) == list(SECTIONS)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == figures | {"age_error.png"}
+    text = text_of(page)
+    for expected in texts:
+        assert expected in text, expected
+    # An error in years is one of ages.
+    assert f"{target.task}: MAE, years" not in text
+    assert "Age error in years, pretrained encoder" in text
+    if target.kind == "binary":
+        for stage, words in (("linear_probe", "Linear probe"), ("full_finetuning", "Full fine-tuning")):
+            at_known = run.predictions[stage].select(run.predictions[stage].site != "East")
+            (counts,), ((threshold,), _) = confusion(at_known), operating_points(at_known)
+            assert f"{words} {threshold:.3f} {counts[1, 1]} {counts[1, 0]} {counts[0, 0]} {counts[0, 1]}" in text
+            assert counts.sum() == 60
+
+
+def test_ages_that_are_fine_tuned_are_apart_from_those_of_the_probe(tmp_path):
+    run = fine_tuned(Target(kind="regression", labels=("age_years",)), stages=("full_finetuning",))
+    page = write_report(tmp_path, run).read_text(encoding="utf-8")
+    by_section = {name: text_of(body) for name, body in re.findall(r'<section id="(\w+)">(.*?)</section>', page, flags=re.DOTALL)}
+    assert "Full fine-tuning" not in by_section["age"]
+    assert "Pretrained encoder age: MAE, years" in by_section["age"]
+    assert "Full fine-tuning age: MAE, years" in by_section["diagnosis"]
+    assert "Fine-tuning: age_years" in by_section["diagnosis"]
+    assert "Pretrained encoder age" not in by_section["diagnosis"]
+
+
+def test_predictions_of_few_or_of_one_class_are_drawn_without_what_they_lack(tmp_path):
+    few = predicted(Target(), 0).select(np.arange(6))
+    alone = replace(few, values_NL=np.zeros((6, 1)))
+    unknown = replace(few, values_NL=np.full((6, 1), np.nan))
+    for number, told in enumerate((few, alone, unknown)):
+        page = write_report(
+            tmp_path / str(number), RunRecord(name="few", status="finished", predictions={"full_finetuning": told})
+        )
+        assert "It was not evaluated." in text_of(page.read_text(encoding="utf-8"))
+    assert not (tmp_path / "2" / "figures" / "predictions.png").exists()
+
+
+def test_hostile_classes_and_labels_are_only_text(tmp_path):
+    target = Target(kind="multiclass", labels=(HOSTILE[1],), classes=HOSTILE)
+    page = write_report(tmp_path, fine_tuned(target, stages=("full_finetuning",))).read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert " 49 " not in text_of(page)

@@ -5,6 +5,7 @@ intervals         Evaluation, metrics.json, the subject bootstrap
 outcomes          what each held-out scan said of a figure; paired differences between two representations
 participants      who takes part in a figure
 probes            site and scanner predictability, age, sex, diagnosis; the floor; the 2-D map; evaluate, probe_outcomes
+predictions       Predictions of a fine-tuned model: figures at an operating point, calibration, a pseudonymous table
 spread            how sites lie without a probe: iLISI, silhouette, MMD, variance explained
 openbhb           the protocol and score of the OpenBHB challenge
 sums              what probes from sums share

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import rankdata
 from sklearn.decomposition import PCA
 from sklearn.ensemble import HistGradientBoostingClassifier
@@ -268,60 +267,6 @@ def diagnosis_auc(embeddings: Embeddings, *, stage: str, regime: str, seed: int,
     """
     ledger = Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
     return ledger.add(_diagnosis_outcomes(embeddings, ledger.notes, seed=seed)).results
-
-
-def evaluate_predictions(
-    labels: npt.NDArray[Any],
-    scores: npt.NDArray[Any],
-    subjects: npt.NDArray[Any],
-    site: npt.NDArray[np.str_],
-    *,
-    stage: str,
-    regime: str,
-    seed: int,
-    task: str = "diagnosis",
-    num_resamples: int = 1000,
-) -> Results:
-    """AUC and balanced accuracy (at probability 0.5) of a classifier's predictions on held-out scans.
-
-    Args:
-        labels: (N,) 0 or 1.
-        scores: (N,) predicted probability of 1.
-        subjects: (N,) site-local subject index.
-        site: (N,) site names.
-        stage: linear_probe, full_finetuning or from_scratch.
-        regime: federated, pooled or local-only.
-        seed: Of the run.
-        task: What the label says.
-        num_resamples: Of the bootstrap.
-
-    Returns:
-        Evaluations over all sites (site "all") and, where there are several, for each; notes on what has no value.
-
-    Raises:
-        ValueError: Lengths differ, a label is not 0 or 1, or a score is not a probability.
-    """
-    lengths = (len(labels), len(scores), len(subjects), len(site))
-    if len(set(lengths)) != 1 or not lengths[0]:
-        raise ValueError(f"evaluate_predictions: labels, scores, subjects and site must be as long, got {lengths!r}.")
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"evaluate_predictions: labels must be 0 or 1, got {np.unique(labels).tolist()!r}.")
-    if not (np.isfinite(scores).all() and scores.min() >= 0 and scores.max() <= 1):
-        raise ValueError(
-            f"evaluate_predictions: scores must be probabilities, got {(scores.min(), scores.max())!r}; apply the sigmoid first."
-        )
-    ledger = Ledger(stage=stage, regime=regime, seed=seed, num_resamples=num_resamples)
-    sites = np.unique(site)
-    truth_N = np.asarray(labels).astype(np.int64)
-    scores_N = np.asarray(scores).astype(np.float64)
-    subject_N = np.unique(np.stack([np.searchsorted(sites, site), subjects]), axis=1, return_inverse=True)[1].reshape(-1)
-    groups = {"all": np.full(len(site), True)} | ({str(name): site == name for name in sites} if len(sites) > 1 else {})
-    for name, mask in groups.items():
-        auc = area_under_curve(truth_N[mask], scores_N[mask])
-        accuracy = balanced_accuracy(truth_N[mask], (scores_N[mask] >= 0.5).astype(np.int64))
-        ledger.score(task, "auc", auc, subject_N[mask], site=name)
-        ledger.score(task, "balanced_accuracy", accuracy, subject_N[mask], site=name)
-    return ledger.results
 
 
 def planar_map(embeddings: Embeddings, *, seed: int = 0) -> Floats:

@@ -1,5 +1,6 @@
 """Figures in words: digits by metric, an interval, and one sentence on how far site can be read."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from core.evaluation.intervals import Evaluation
@@ -15,8 +16,9 @@ PROBES = {
     "balanced_accuracy_nearest": "nearest means",
 }
 LINEAR_PROBES = ("balanced_accuracy", "balanced_accuracy_lda", "balanced_accuracy_logistic", "balanced_accuracy_nearest")
-YEARS = ("mae", "bias", "openbhb_mae", "openbhb_score")
-THREE_DIGITS = ("mmd2", "explained_variance", "silhouette")
+YEARS = ("mae", "rmse", "bias", "openbhb_mae", "openbhb_score")
+THREE_DIGITS = ("mmd2", "explained_variance", "silhouette", "brier", "ece")
+ERRORS = ("mae", "rmse")
 
 
 def find(evaluations: Iterable[Evaluation], stage: str, task: str, metric: str) -> Evaluation | None:
@@ -27,14 +29,22 @@ def find(evaluations: Iterable[Evaluation], stage: str, task: str, metric: str) 
 
 def digits(number: float, metric: str, *, signed: bool = False) -> str:
     """As many digits as a figure of this metric deserves, with a plus sign where `signed`."""
-    places = 1 if metric.startswith(YEARS) else 3 if metric in THREE_DIGITS else 2
+    places = 1 if metric.startswith(YEARS) else 3 if metric.startswith(THREE_DIGITS) else 2
     return f"{number:{'+' if signed else ''}.{places}f}"
+
+
+def figure(number: float, e: Evaluation) -> str:
+    """A number beside the value of `e`, in its digits: an error in another unit than years has three significant ones."""
+    if e.task != "age" and e.metric.startswith(ERRORS):
+        places = 2 - math.floor(math.log10(abs(e.value))) if e.value else 2
+        return f"{number:.{max(places, 0)}f}"
+    return digits(number, e.metric)
 
 
 def with_interval(e: Evaluation) -> str:
     """The value, and its interval in brackets."""
-    bounds = f" [{digits(e.low, e.metric)}, {digits(e.high, e.metric)}]" if e.low is not None and e.high is not None else ""
-    return f"{digits(e.value, e.metric)}{bounds}"
+    bounds = f" [{figure(e.low, e)}, {figure(e.high, e)}]" if e.low is not None and e.high is not None else ""
+    return f"{figure(e.value, e)}{bounds}"
 
 
 def linear_probe(evaluations: Iterable[Evaluation]) -> str:
