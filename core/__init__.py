@@ -15,9 +15,24 @@ finetuning  encoder and head on labelled scans
 privacy     hardening of what leaves a site
 exchange    what crosses the wire
 checkpoint  weights on disk
+export      encoders for others: load_encoder, TorchScript, model card, MONAI bundle
 evaluation  site-effect removal, probes, intervals
 report      evaluations to a page; report_check: what a folder of scans holds, to a screen
 cli         the console script
 """
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from core.export import load_encoder as load_encoder
+
+
+def __getattr__(name: str) -> Any:
+    """``core.load_encoder``, imported when it is asked for: torch takes seconds."""
+    if name == "load_encoder":
+        from core.export import load_encoder
+
+        return load_encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,9 +55,13 @@ def pseudonym_key(folder: Path) -> bytes:
     return bytes.fromhex(path.read_text(encoding="ascii"))
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write ``<stage>-<round>.safetensors`` and drop all but the last ``keep`` of that stage; the same bytes for the same run."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, taken: bool = False) -> Path:
+    """Write ``<stage>-<round>.safetensors`` and drop all but the last ``keep`` of that stage; the same bytes for the same run.
+
+    With ``taken`` it is the round that the stage comes to, and those of every other round are dropped.
+    """
     about = {
+        "format": 1,
         "stage": checkpoint.stage,
         "round": checkpoint.round_number,
         "config": checkpoint.config,
@@ -68,7 +72,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     path = folder / f"{checkpoint.stage}-{checkpoint.round_number:04d}.safetensors"
     write_atomically(path, save({name: value.contiguous() for name, value in checkpoint.state.items()}, metadata))
     pattern = re.compile(rf"{re.escape(checkpoint.stage)}-\d{{4,}}\.safetensors")
-    for old in sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))[:-keep]:
+    kept = [p for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name)]
+    for old in [p for p in kept if p != path] if taken else kept[:-keep]:
         old.unlink()
     return path
 

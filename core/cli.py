@@ -125,6 +125,33 @@ def finetune(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of a fine-tuning.", show_default=False)],
+    stage: Annotated[
+        str | None, typer.Option(help="A stage of fine-tuning, whose encoder and head are exported.", show_default="pretraining")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="New folder for the export.", show_default="RUN/export")] = None,
+) -> None:
+    """Write what others need to use an encoder, and nothing that names a site, a path or a subject.
+
+    encoder.safetensors (with eraser, and the head of a stage), config.json, README.md (a model card: data, objective, figures,
+    privacy, limits), encoder.pt (TorchScript, needs torch alone), bundle/ (for `python -m monai.bundle run`).
+
+    In Python: encoder = core.load_encoder("runs/phantom/export"); h = encoder(images). That needs torch and safetensors alone.
+
+    Examples: isocenter export runs/phantom, isocenter export runs/phantom-finetuned --stage full_finetuning
+    """
+    from core.export import export_run
+
+    try:
+        folder = export_run(run, output, stage=stage)
+    except (ValueError, OSError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"wrote {folder}")
+
+
+@app.command()
 def check(
     folder: Annotated[
         Path,

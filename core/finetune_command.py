@@ -231,7 +231,7 @@ def finetune_stage(
         tell=_teller(job, saved_as, config.finetune.num_rounds),
     )
     about = Checkpoint(ended.state, saved_as, ended.round_number, describe(config))
-    save_checkpoint(job.folder / "checkpoints", about, keep=1)
+    save_checkpoint(job.folder / "checkpoints", about, keep=1, taken=True)
     return ended.state, ended.history
 
 
@@ -354,11 +354,13 @@ def write_results(job: Job, tuned: Tuned) -> None:
         predictions.write_csv(job.folder / f"predictions-{stage}.csv", key, known_sites=set(job.targets))
     write_metrics(job.folder / "metrics.json", tuned.evaluations)
     write_atomically(job.folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in tuned.lines).encode())
+    sites = [_about_site(site, one, job.targets) for site, one in job.held.items()]
+    write_atomically(job.folder / "sites.json", (json.dumps(sites, indent=1) + "\n").encode())
     record = RunRecord(
         name=job.config.name,
         config=describe(job.config),
         status="finished",
-        sites=[_about_site(site, one, job.targets) for site, one in job.held.items()],
+        sites=sites,
         rounds=tuned.lines,
         evaluations=tuned.evaluations,
         notes=tuned.notes,

@@ -443,6 +443,7 @@ def finish(
         }
         for node in nodes
     ]
+    write_atomically(folder / "sites.json", (json.dumps(table, indent=1) + "\n").encode())
     record = RunRecord(
         name=config.name,
         config=describe(config),

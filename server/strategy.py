@@ -362,9 +362,13 @@ class SiteRounds(FedAvg):
         return loss
 
     def best_state(self) -> State:
-        """The weights of the smallest validation loss."""
+        """The weights of the smallest validation loss, whose checkpoint then is the only one of the stage."""
         assert self.best is not None
-        return unpack(self.best[2], self.layout)
+        _, round_number, arrays = self.best
+        state = unpack(arrays, self.layout)
+        checkpoint = Checkpoint(state | self.sites.constants, self.saved_as, round_number, describe(self.config))
+        save_checkpoint(self.folder / "checkpoints", checkpoint, keep=1, taken=True)
+        return state
 
     def tell(
         self,
