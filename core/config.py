@@ -504,8 +504,8 @@ class RunConfig(Closed):
             )
         if self.finetune.label_fraction != 1:
             raise ValueError(
-                f"finetune.label_fraction must be 1 with privacy=dp_sgd, got {self.finetune.label_fraction:g}: who is drawn depends "
-                "on the other subjects"
+                f"finetune.label_fraction must be 1 with privacy=dp_sgd, got {self.finetune.label_fraction:g}: who is drawn "
+                "depends on the other subjects"
             )
         if self.finetune.patience is not None:
             raise ValueError(
