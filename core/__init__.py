@@ -2,8 +2,9 @@
 
 config      RunConfig and load_config: what a run is
 seeding     where every random number comes from
-data        what a site holds: manifest, labels, readers, decode, volumes, cache, site, sampling, feed, augment, views, preflight
-models      encoders, projector, classifier
+data        what a site holds: manifest, labels, readers, decode, volumes, label maps, cache, site, holdings, sampling, feed,
+            augment, views, preflight
+models      encoders, projector, classifier, segmenter
 losses      objectives, label kernels, FairKL; usable on their own
 messages    what every message of a site is checked for
 moments     what sites exchange to compute FairKL across sites
@@ -11,8 +12,12 @@ scaling     mean and spread of a table's features over all sites, from sums
 erasure     site and scanner erased before or behind the encoder, from sums
 combat      ComBat from sums, for comparison
 training    the one local loop, and pretraining
-finetuning  encoder and head on labelled scans
-privacy     hardening of what leaves a site
+targets     what fine-tuning learns to tell: classes, findings, a number
+stages      the ways to fine-tune
+starts      what training begins with
+finetuning  encoder and head on labelled scans; segmentation: encoder inside a U-shaped net, Dice
+rounds      rounds inside one process, resumable; finetune_command: `isocenter finetune`
+privacy     DP-SGD for fine-tuning, hardening of what leaves a site
 exchange    what crosses the wire
 checkpoint  weights on disk
 export      encoders for others: load_encoder, TorchScript, model card, MONAI bundle

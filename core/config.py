@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from core.data.label_maps import LabelChoice
 from core.data.manifest import MAX_UNUSABLE, SITE_NAME
 from core.data.medmnist import MedMnistSource
 from core.data.sampling import SamplingPolicy
@@ -335,6 +336,7 @@ class FinetuneConfig(Closed):
 
     stages: tuple[StageName, ...]
     target: Target = Field(default_factory=Target)
+    label_maps: LabelChoice | None = None
     where: Literal["federated", "local"]
     num_rounds: Annotated[int, Field(ge=0)]
     warmup_rounds: Annotated[int, Field(ge=0)]

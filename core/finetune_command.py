@@ -7,7 +7,7 @@ averaged, or each site trains a model of its own.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,31 @@ from rich.table import Table
 from core import __version__
 from core.checkpoint import Checkpoint, load_strictly, pseudonym_key, save_checkpoint, write_atomically
 from core.cli import decode_first
-from core.config import ConfigError, RunConfig, compose_plain, describe, load_config, quoted
+from core.config import ConfigError, ImageData, RunConfig, compose_plain, describe, load_config, quoted
 from core.data.holdings import Holdings, open_holdings
+from core.data.label_maps import LabelMaps, read_label_maps
 from core.data.site import SiteData, default_cache_root, join_splits
 from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.predictions import Predictions, evaluate_predictions
 from core.finetuning import finetune, labelled, num_classes, predict, privacy_notes, training_scans, validation_loss
-from core.models import Classifier, build_classifier, build_pretrainer, num_erased, split_constants
+from core.models import Classifier, Segmenter, build_classifier, build_pretrainer, build_segmenter, num_erased, split_constants
 from core.moments import MomentPolicy
 from core.report import RunRecord, write_report
+from core.report_segmentation import draw_examples
 from core.rounds import State, kept, run_rounds
 from core.scaling import input_sums, standardisation_from, standardising
+from core.segmentation import (
+    TASK,
+    DiceScores,
+    Example,
+    SegmentationError,
+    dice_scores,
+    evaluate_dice,
+    example,
+    segment,
+    segmentation_scans,
+    segmentation_validation_loss,
+)
 from core.stages import STAGES, StageName
 from core.starts import Start, load_start, read_start
 from core.targets import TargetError
@@ -77,6 +91,7 @@ class Job:
         folder: where results go.
         device: where to compute.
         say: one line of progress.
+        label_maps: of each site's scans, by name, where the run segments; else none.
     """
 
     config: RunConfig
@@ -86,6 +101,7 @@ class Job:
     folder: Path
     device: torch.device
     say: Say
+    label_maps: Mapping[str, LabelMaps] = field(default_factory=dict)
 
     @property
     def store_inputs(self) -> int:
@@ -102,6 +118,14 @@ class Job:
             spatial_dims=self.config.data.spatial_dims,
             num_erased=num_erased(state),
         )
+        if state:
+            load_strictly(model, state)
+        return model.to(self.device)
+
+    def segmenter(self, state: State) -> Segmenter:
+        """Encoder and decoder with these weights, on the device."""
+        num_classes = next(iter(self.label_maps.values())).num_classes
+        model = build_segmenter(self.config.encoder, num_classes, self.config.seed, num_inputs=self.store_inputs)
         if state:
             load_strictly(model, state)
         return model.to(self.device)
@@ -129,6 +153,8 @@ def open_job(config: RunConfig, start: Start, folder: Path, device: torch.device
         raise FinetuneError(f"finetune: inputs must mean the same at every site, got {len(signatures)} kinds. Mend data.columns.")
     if missing := {*(data.target_sites or ()), *data.unseen_sites} - set(held):
         raise FinetuneError(f"finetune: sites must be among {', '.join(held)}, got {', '.join(sorted(missing))}.")
+    if config.finetune.label_maps is not None:
+        return _segmentation_job(config, start, held, folder, device, say)
     target = config.finetune.target
     classes: dict[str, int] = {}
     reason = f"no site has training scans of two classes of {target.task}"
@@ -150,6 +176,40 @@ def open_job(config: RunConfig, start: Start, folder: Path, device: torch.device
     for site in targets:
         training_scans(held[site].splits["train"], config)
     return Job(config, start, held, targets, folder, device, say)
+
+
+def _segmentation_job(
+    config: RunConfig, start: Start, held: Mapping[str, Holdings], folder: Path, device: torch.device, say: Say
+) -> Job:
+    choice, data, chosen = config.finetune.label_maps, config.data, config.finetune
+    assert choice is not None
+    if not isinstance(data, ImageData):
+        raise FinetuneError("finetune.label_maps: data must be a folder of images, got another. Set finetune.label_maps=null.")
+    if chosen.label_fraction != 1.0:
+        raise FinetuneError(f"finetune.label_fraction must be 1 with label maps, got {chosen.label_fraction:g}.")
+    root, settings = data.places["root"], data.volumes(data.places)
+    assert root is not None
+    maps = {}
+    for site, one in held.items():
+        scans = [scan for part in one.splits.values() for scan in part.scans]
+        maps[site] = read_label_maps(scans, settings, choice, root)
+    targets = []
+    for site in sorted(data.target_sites if data.target_sites is not None else held):
+        if site in data.unseen_sites:
+            continue
+        try:
+            segmentation_scans(held[site].splits["train"], maps[site])
+        except SegmentationError:
+            if data.target_sites is not None:
+                raise
+        else:
+            targets.append(site)
+    if not targets:
+        raise FinetuneError(
+            "finetune.label_maps: training scans must show a class at one site or more, got none. The log names the scans; mend "
+            "the pattern, suffix or codes."
+        )
+    return Job(config, start, held, tuple(targets), folder, device, say, maps)
 
 
 def first_encoder(job: Job) -> State:
@@ -193,25 +253,38 @@ def finetune_stage(
     job: Job, stage: StageName, encoder: State, sites: Sequence[str], saved_as: str
 ) -> tuple[State, list[dict[str, Any]]]:
     """All rounds of a stage over some target sites; the weights that are taken, and what each round told."""
-    config, target = job.config, job.config.finetune.target
-    fresh = {name: value.detach().cpu().clone() for name, value in job.classifier({}).state_dict().items()}
+    config, target, maps = job.config, job.config.finetune.target, job.label_maps
+    build: Callable[[State], Classifier | Segmenter] = job.segmenter if maps else job.classifier
+    fresh = {name: value.detach().cpu().clone() for name, value in build({}).state_dict().items()}
     begin = encoder if STAGES[stage].start == "pretrained" else split_constants(encoder)[1]
     state = fresh | begin
-    model = job.classifier(state)
-    train_at = {site: training_scans(job.held[site].splits["train"], config) for site in sites}
-    val_at = {site: labelled(job.held[site].splits["val"], target) for site in sites}
+    model = build(state)
+    splits_at = {site: job.held[site].splits for site in sites}
+    train_at, val_at = {}, {}
+    for site, splits in splits_at.items():
+        train_at[site] = segmentation_scans(splits["train"], maps[site]) if maps else training_scans(splits["train"], config)
+        val_at[site] = maps[site].labelled(splits["val"]) if maps else labelled(splits["val"], target)
     val_at = {site: data for site, data in val_at.items() if len(data)}
 
     def train(weights: State, round_number: int) -> dict[str, TrainResult]:
         results = {}
         for site, data in train_at.items():
             load_strictly(model, weights)
-            results[site] = kept(finetune(model, data, config, stage=stage, round_number=round_number, device=job.device))
+            if isinstance(model, Segmenter):
+                result = segment(model, data, maps[site], config, stage=stage, round_number=round_number, device=job.device)
+            else:
+                result = finetune(model, data, config, stage=stage, round_number=round_number, device=job.device)
+            results[site] = kept(result)
         return results
 
     def validate(weights: State) -> float:
         load_strictly(model, weights)
-        losses = {site: validation_loss(model, data, config, job.device) for site, data in val_at.items()}
+        losses = {}
+        for site, data in val_at.items():
+            if isinstance(model, Segmenter):
+                losses[site] = segmentation_validation_loss(model, data, maps[site], job.device)
+            else:
+                losses[site] = validation_loss(model, data, config, job.device)
         return sum(losses[site] * len(val_at[site]) for site in losses) / sum(len(val_at[site]) for site in losses)
 
     patience = config.finetune.patience
@@ -276,6 +349,7 @@ def claim_folder(job: Job) -> bool:
         "config": describe(job.config),
         "start": _start_digest(job.start),
         "cohort": _cohort_digest(job.held),
+        "label maps": {site: maps.digest() for site, maps in job.label_maps.items()},
         "device": job.device.type,
         "version": __version__,
     }
@@ -307,12 +381,14 @@ class Tuned:
         notes: what was left out, and why; what is guaranteed of privacy.
         lines: what every round told.
         predictions: of the held-out scans, by stage.
+        examples: of segmentation, one held-out scan a site, by stage.
     """
 
     evaluations: list[Evaluation]
     notes: list[str]
     lines: list[dict[str, Any]]
     predictions: dict[str, Predictions]
+    examples: dict[str, list[Example]] = field(default_factory=dict)
 
 
 def tune(job: Job) -> Tuned:
@@ -326,21 +402,30 @@ def tune(job: Job) -> Tuned:
     tuned = Tuned([], [], [], {})
     for stage in config.finetune.stages:
         parts = []
+        scores, examples = list[DiceScores](), list[Example]()
         for sites in groups:
             saved_as = f"{stage}-{sites[0]}" if alone else stage
             state, history = finetune_stage(job, stage, encoder, sites, saved_as)
             tuned.lines.extend(history)
-            model = job.classifier(state)
-            held_out = held_out_scans(job, sites, alone=alone, notes=tuned.notes).values()
-            parts += [predict(model, splits, target, job.device) for splits in held_out]
-        tuned.predictions[stage] = Predictions.concatenate(parts)
-        found, more = evaluate_predictions(
-            tuned.predictions[stage],
-            stage=stage,
-            regime="local-only" if alone else "federated",
-            seed=config.seed,
-            known_sites=set(job.targets),
-        )
+            held_out = held_out_scans(job, sites, alone=alone, notes=tuned.notes)
+            for site, splits in held_out.items():
+                if job.label_maps:
+                    segmenter, maps = job.segmenter(state), job.label_maps[site]
+                    scores.append(dice_scores(segmenter, {"test": splits["test"]}, maps, job.device))
+                    shown = example(segmenter, splits["test"], maps, job.device)
+                    examples += [shown] if shown is not None else []
+                else:
+                    parts.append(predict(job.classifier(state), splits, target, job.device))
+        regime, known = "local-only" if alone else "federated", set(job.targets)
+        if job.label_maps:
+            told = DiceScores.concatenate(scores)
+            found, more = evaluate_dice(told, stage=stage, regime=regime, seed=config.seed, known_sites=known)
+            tuned.examples[stage] = examples
+        else:
+            tuned.predictions[stage] = Predictions.concatenate(parts)
+            found, more = evaluate_predictions(
+                tuned.predictions[stage], stage=stage, regime=regime, seed=config.seed, known_sites=known
+            )
         tuned.evaluations.extend(found)
         tuned.notes.extend(note for note in more if note not in tuned.notes)
     tuned.notes.extend(privacy_notes(tuned.lines))
@@ -354,7 +439,10 @@ def write_results(job: Job, tuned: Tuned) -> None:
         predictions.write_csv(job.folder / f"predictions-{stage}.csv", key, known_sites=set(job.targets))
     write_metrics(job.folder / "metrics.json", tuned.evaluations)
     write_atomically(job.folder / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in tuned.lines).encode())
-    sites = [_about_site(site, one, job.targets) for site, one in job.held.items()]
+    for stage, examples in tuned.examples.items():
+        if examples:
+            write_atomically(job.folder / "figures" / f"segmentation-{stage}.png", draw_examples(examples))
+    sites = [_about_site(site, one, job.targets, job.label_maps.get(site)) for site, one in job.held.items()]
     write_atomically(job.folder / "sites.json", (json.dumps(sites, indent=1) + "\n").encode())
     record = RunRecord(
         name=job.config.name,
@@ -381,6 +469,10 @@ def held_out_scans(job: Job, sites: Sequence[str], *, alone: bool, notes: list[s
             continue
         splits = ("train", "val", "test") if site in job.config.data.unseen_sites else ("val", "test")
         scans = join_splits([held.splits[split] for split in splits])
+        if job.label_maps:
+            if len(job.label_maps[site].labelled(scans)):
+                found[site] = {"test": scans}
+            continue
         try:
             if num_classes(labelled(scans, target), target) >= 2:
                 found[site] = {"test": scans}
@@ -393,14 +485,14 @@ def held_out_scans(job: Job, sites: Sequence[str], *, alone: bool, notes: list[s
     return found
 
 
-def _about_site(site: str, held: Holdings, targets: Sequence[str]) -> dict[str, object]:
+def _about_site(site: str, held: Holdings, targets: Sequence[str], maps: LabelMaps | None) -> dict[str, object]:
     return {
         "name": site,
         "scans": held.num_scans,
         "subjects": held.num_subjects,
         "scanners": held.num_scanners,
         "role": "target" if site in targets else "unseen",
-        "problems": held.problem_counts,
+        "problems": held.problem_counts | (maps.problem_counts() if maps else {}),
     }
 
 
@@ -446,14 +538,15 @@ def finetune_and_print(run: Path, overrides: Sequence[str], device: str) -> None
 
 
 # What the screen shows of each kind of target; the report and metrics.json have every figure.
-SHOWN = ("auc", "balanced_accuracy", "accuracy", "ece", "mae", "r2")
+SHOWN = ("dice", "auc", "balanced_accuracy", "accuracy", "ece", "mae", "r2")
 
 
 def print_figures(evaluations: Sequence[Evaluation], config: RunConfig) -> None:
     """A table of the main figures over all sites, those that trained and the others apart."""
     overall = {(e.stage, e.metric): e for e in evaluations if e.site == "all"}
     shown = [metric for metric in SHOWN if any(found == metric for _, found in overall)]
-    table = Table(title=f"{config.finetune.target.task}, held-out subjects, 95 % intervals", title_justify="left")
+    task = config.finetune.target.task if config.finetune.label_maps is None else TASK
+    table = Table(title=f"{task}, held-out subjects, 95 % intervals", title_justify="left")
     for heading in ("stage", "sites", "subjects", *shown):
         table.add_column(heading)
     for stage in config.finetune.stages:

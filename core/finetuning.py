@@ -14,7 +14,7 @@ from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
 from core.evaluation.predictions import Predictions
-from core.models import Classifier
+from core.models import Classifier, Segmenter
 from core.privacy import NOT_COVERED, DpSgd, PrivateSteps, assert_private
 from core.seeding import generator, seed
 from core.stages import STAGES, StageName
@@ -84,7 +84,7 @@ def training_scans(data: SiteData, config: RunConfig) -> SiteData:
     return data
 
 
-def trained_parts(model: Classifier, stage: StageName, round_number: int, config: RunConfig) -> list[nn.Module]:
+def trained_parts(model: Classifier | Segmenter, stage: StageName, round_number: int, config: RunConfig) -> list[nn.Module]:
     """What a round of a stage trains: the head, and the last parts of the encoder or all of them, the last part first."""
     parts = model.encoder.parts[::-1]
     trains = STAGES[stage].trains

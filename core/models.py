@@ -1,6 +1,7 @@
-"""Encoders, the projector of pretraining and the classifier of fine-tuning. Nothing here couples scans: no BatchNorm."""
+"""Encoders, the projector of pretraining, classifier and segmenter of fine-tuning. Nothing here couples scans: no BatchNorm."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal, TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from core.seeding import seed
 
 CONSTANTS = "encoder.standardise."
+MAX_DECODER_CHANNELS = 128  # more would make the decoder of densenet121 ten times the encoder
 CONVOLUTION = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -20,7 +22,7 @@ class Block(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int, stride: int, spatial_dims: int) -> None:
         super().__init__(
             CONVOLUTION[spatial_dims](in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-            nn.GroupNorm(min(8, out_channels), out_channels),
+            nn.GroupNorm(math.gcd(8, out_channels), out_channels),
             nn.ReLU(),
         )
 
@@ -39,6 +41,15 @@ class Encoder(nn.Module):
     def input_scale(self) -> Tensor:
         """What counts as 1 in the inputs, the unit in which views add noise: (I,), or (1,) for all voxels."""
         return torch.ones(1, device=next(self.parameters()).device)
+
+    @property
+    def pyramid_channels(self) -> tuple[int, ...]:
+        """Channels of each level of the `pyramid`; none where there is no pyramid: rows of features have no grid."""
+        return ()
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """What the encoder makes of images on its way to h, (N, C, *grid): the finest level first, each next half its grid."""
+        raise NotImplementedError
 
 
 class SmallEncoder(Encoder):
@@ -59,6 +70,15 @@ class SmallEncoder(Encoder):
         """Representations h, (N, F), of volumes (N, C, X, Y, Z) or images (N, C, X, Y)."""
         h_NF: Tensor = self.stages(images).mean(dim=tuple(range(2, images.ndim)))
         return h_NF
+
+    @property
+    def pyramid_channels(self) -> tuple[int, ...]:
+        """Of the four stages."""
+        return tuple(stage[0].out_channels for stage in self.stages)  # type: ignore[index]
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """What each stage gives: half, a quarter, an eighth and a sixteenth of the grid of the images."""
+        return _levels(images, self.parts)
 
 
 class Standardise(nn.Module):
@@ -121,13 +141,47 @@ def num_erased(constants: Mapping[str, Tensor]) -> int:
     return len(constants.get(f"{CONSTANTS}directions", ()))
 
 
-class Headless(Encoder):
-    """A MONAI classification net with its last linear layer taken off."""
+def _levels(images: Tensor, steps: Sequence[nn.Module]) -> list[Tensor]:
+    """What is there after each step from the images on."""
+    levels = [images]
+    for step in steps:
+        levels.append(step(levels[-1]))
+    return levels[1:]
 
-    def __init__(self, net: nn.Module, num_features: int) -> None:
+
+# The layers up to the end of each level of the pyramid, and their channels.
+LEVELS: Mapping[str, Mapping[tuple[str, ...], int]] = {
+    "resnet18": {
+        ("conv1", "bn1", "act"): 64,
+        ("maxpool", "layer1"): 64,
+        ("layer2",): 128,
+        ("layer3",): 256,
+        ("layer4",): 512,
+    },
+    "densenet121": {
+        ("features.conv0", "features.norm0", "features.relu0"): 64,
+        ("features.pool0", "features.denseblock1"): 256,
+        ("features.transition1", "features.denseblock2"): 512,
+        ("features.transition2", "features.denseblock3"): 1024,
+        ("features.transition3", "features.denseblock4", "features.norm5", "class_layers.relu"): 1024,
+    },
+}
+
+
+class Headless(Encoder):
+    """A MONAI classification net with its last linear layer taken off.
+
+    Args:
+        net: gives (N, F).
+        num_features: F.
+        levels: layers up to the end of each level of the pyramid, and their channels.
+    """
+
+    def __init__(self, net: nn.Module, num_features: int, levels: Mapping[tuple[str, ...], int]) -> None:
         super().__init__()
         self.net = net
         self.num_features = num_features
+        self.levels = levels
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -139,6 +193,15 @@ class Headless(Encoder):
         """Representations h, (N, F), of volumes (N, C, X, Y, Z) or images (N, C, X, Y)."""
         h_NF: Tensor = self.net(images)
         return h_NF
+
+    @property
+    def pyramid_channels(self) -> tuple[int, ...]:
+        """Of the net's levels."""
+        return tuple(self.levels.values())
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """What the net gives before each halving of the grid: resnet18 begins with all of it, densenet121 with half."""
+        return _levels(images, [nn.Sequential(*map(self.net.get_submodule, names)) for names in self.levels])
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
@@ -182,7 +245,7 @@ class DenseNet:
         )
         num_features: int = net.class_layers.out.in_features
         net.class_layers.out = nn.Identity()
-        return Headless(net, num_features)
+        return Headless(net, num_features, LEVELS[self.name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +264,7 @@ class ResNet:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d):
                     setattr(parent, name, nn.GroupNorm(8, child.num_features))
-        return Headless(net, 512)
+        return Headless(net, 512, LEVELS[self.name])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +287,7 @@ class MLP:
 
 
 EncoderChoice = Small | DenseNet | ResNet | MLP
-Model = TypeVar("Model", "Pretrainer", "Classifier")
+Model = TypeVar("Model", "Pretrainer", "Classifier", "Segmenter")
 
 
 def assert_no_batchnorm(model: nn.Module) -> None:
@@ -278,6 +341,57 @@ class Classifier(nn.Module):
         return logits_NK
 
 
+class Decoder(nn.Module):
+    """The way up of a U-Net: each level of the pyramid interpolated to the next finer one's grid, both together convolved twice.
+
+    Ronneberger et al., MICCAI 2015, with the convolutions of nnU-Net (MONAI's `UnetBasicBlock`), group normalisation, and
+    the image itself as the finest level. Grids need not be powers of two, because levels are interpolated and not padded.
+    """
+
+    def __init__(self, pyramid_channels: Sequence[int], num_inputs: int, num_classes: int, spatial_dims: int) -> None:
+        from monai.networks.blocks import UnetBasicBlock  # seconds to import: only by who asks for it
+
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        below = pyramid_channels[-1]
+        skips = [*pyramid_channels[-2::-1], num_inputs]
+        # A level gives as many channels as the encoder has there, the image's own grid as many as the finest.
+        for skip, wanted in zip(skips, [*skips[:-1], pyramid_channels[0]], strict=True):
+            channels = min(wanted, MAX_DECODER_CHANNELS)
+            norm = ("group", {"num_groups": math.gcd(8, channels)})
+            self.blocks.append(UnetBasicBlock(spatial_dims, below + skip, channels, kernel_size=3, stride=1, norm_name=norm))
+            below = channels
+        self.classes = CONVOLUTION[spatial_dims](below, num_classes, 1)
+
+    def forward(self, images: Tensor, pyramid: Sequence[Tensor]) -> Tensor:
+        """Logits of the classes, (N, K, *grid of the images)."""
+        mode = "bilinear" if images.ndim == 4 else "trilinear"
+        level = pyramid[-1]
+        for block, skip in zip(self.blocks, [*pyramid[-2::-1], images], strict=True):
+            level = nn.functional.interpolate(level, skip.shape[2:], mode=mode, align_corners=False)
+            level = block(torch.cat([level, skip], dim=1))
+        logits: Tensor = self.classes(level)
+        return logits
+
+
+class Segmenter(nn.Module):
+    """Encoder and a decoder of its pyramid as head: what travels in fine-tuning that tells of every voxel its class."""
+
+    def __init__(self, encoder: Encoder, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        channels = encoder.pyramid_channels
+        if not channels:
+            raise ValueError("encoder: to segment it must be one of images, small, densenet121 or resnet18, got one of rows.")
+        first = next(encoder.parameters())  # of the first convolution: (channels out, channels in, *kernel)
+        self.head = Decoder(channels, first.shape[1], num_classes, first.ndim - 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of the classes, background first, (N, K, X, Y, Z), of volumes (N, C, X, Y, Z), or both without Z."""
+        logits: Tensor = self.head(images, self.encoder.pyramid(images))
+        return logits
+
+
 def _seeded(build: Callable[[], Model], model_seed: int, num_inputs: int, num_erased: int) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model_seed)
@@ -327,4 +441,19 @@ def build_classifier(
         seed(run_seed, "classifier"),
         num_inputs,
         num_erased,
+    )
+
+
+def build_segmenter(
+    choice: EncoderChoice, num_classes: int, run_seed: int, *, num_inputs: int = 1, spatial_dims: int = 3
+) -> Segmenter:
+    """A freshly initialised segmenter, the same on every machine for the same seed; inputs as in `build_pretrainer`.
+
+    ``num_classes`` counts the background.
+
+    Raises:
+        ValueError: the encoder is for rows of features.
+    """
+    return _seeded(
+        lambda: Segmenter(choice.build(num_inputs, spatial_dims), num_classes), seed(run_seed, "segmenter"), num_inputs, 0
     )

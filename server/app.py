@@ -63,6 +63,8 @@ def carry_out(grid: Grid, context: Context) -> None:
     """Pretrain, fine-tune, evaluate, report."""
     config = load_config(str(context.run_config.get("overrides", "")))
     start = None if config.start is None else read_start(config.start, config.start_keys)
+    if config.finetune.label_maps is not None and config.finetune.stages:
+        raise RunError("finetune.label_maps: segmentation is for `isocenter finetune` alone; set it to null, or finetune=none.")
     folder = new_run_folder(config)
     sites = Sites(grid, config.strategy.round_timeout_s)
     nodes = wait_for_sites(sites, config)
