@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -60,6 +60,7 @@ LABELS: Mapping[str, str] = {
 }
 ALONE: Mapping[str, str] = {"scratch": "from_scratch", "pca": "linear"}
 """The one stage of the starts without an encoder."""
+WITHOUT_PRETRAINING = ("num_rounds=0", "warmup_rounds=0", "debias=none")
 NUM_RESAMPLES = 1000
 MAX_COMPONENTS = 100
 EVERYWHERE = "everywhere"
@@ -67,15 +68,49 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_
 
 
 @dataclass(frozen=True)
+class Point:
+    """A condition that every start is fine-tuned under.
+
+    Attributes:
+        fraction: of the labels.
+        epsilon: that DP-SGD may spend; infinite clips without noise; None: the usual steps.
+        delta: that goes with it.
+    """
+
+    fraction: float = 1.0
+    epsilon: float | None = None
+    delta: float = 1e-4
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.fraction:g}" if self.epsilon is None else f"epsilon{self.epsilon:g}"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What it sets."""
+        if self.epsilon is None:
+            return (f"finetune.label_fraction={self.fraction!r}",)
+        private = ("finetune.class_weights=none", "finetune.patience=null", "finetune.label_fraction=1")
+        spent = "inf" if self.epsilon == math.inf else f"{self.epsilon}"
+        return ("privacy=dp_sgd", f"privacy.target_epsilon={spent}", f"privacy.delta={self.delta}", *private)
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Private ones first, the most private of them first; then by the number of labels."""
+        return (-1.0, self.epsilon) if self.epsilon is not None else (self.fraction, 0.0)
+
+
+@dataclass(frozen=True)
 class Part:
-    """What one process carries out: a start, pretrained with one seed, fine-tuned on every fraction.
+    """What one process carries out: a start, pretrained with one seed, fine-tuned under every condition.
 
     Attributes:
         overrides: of every run.
         start: of `STARTS`.
         seed: of all of it.
         left_out: the site that neither pretrains nor fine-tunes; "" for none.
-        fractions: of the labels.
+        points: the conditions.
         stages: of fine-tuning from an encoder.
         folder: of the study.
     """
@@ -84,7 +119,7 @@ class Part:
     start: str
     seed: int
     left_out: str
-    fractions: tuple[float, ...]
+    points: tuple[Point, ...]
     stages: tuple[str, ...]
     folder: Path
 
@@ -104,19 +139,28 @@ class Part:
         """What is fine-tuned from this start."""
         return (ALONE[self.start],) if self.start in ALONE else self.stages
 
-    def result(self, fraction: float) -> Path:
-        """Where the figures of a fraction are kept."""
-        return self.folder / "results" / f"{self.name}-{fraction:g}.json"
+    @property
+    def own_points(self) -> tuple[Point, ...]:
+        """The conditions that this start has: the linear baseline is never private."""
+        return tuple(point for point in self.points if self.start != "pca" or point.epsilon is None)
 
-    def settings(self, fraction: float) -> dict[str, Any]:
-        """Everything that is set, by default or by the overrides."""
-        chosen = (*self.seeded, f"finetune.label_fraction={fraction!r}", *shlex.split(STARTS[self.start]))
-        return settings_of(chosen) | {"stages": list(self.own_stages)}
+    def result(self, point: Point) -> Path:
+        """Where the figures of a condition are kept."""
+        return self.folder / "results" / f"{self.name}-{point.name}.json"
 
-    def finished(self, fraction: float) -> bool:
+    def settings(self, point: Point) -> dict[str, Any]:
+        """Everything that is set, by default or by the overrides: of the pretraining, and of the fine-tuning."""
+        tuned = (*self.seeded, "start=random", *WITHOUT_PRETRAINING, *point.overrides)
+        return {
+            "pretraining": settings_of((*self.seeded, *shlex.split(STARTS[self.start]))),
+            "finetuning": settings_of(tuned),
+            "stages": list(self.own_stages),
+        }
+
+    def finished(self, point: Point) -> bool:
         """Whether these figures are there, of the same settings."""
-        path = self.result(fraction)
-        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == self.settings(fraction)
+        path = self.result(point)
+        return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == self.settings(point)
 
 
 @lru_cache(maxsize=4096)
@@ -129,41 +173,43 @@ def settings_of(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def carry_out(part: Part) -> None:
-    """Pretrain and fine-tune what is missing; the figures of every fraction are written as soon as they are known."""
+    """Pretrain and fine-tune what is missing; the figures of every condition are written as soon as they are known."""
     torch.set_num_threads(1)
-    logging.getLogger("flwr").setLevel(logging.ERROR)
     logging.getLogger("isocenter").setLevel(logging.ERROR)
-    missing = [fraction for fraction in part.fractions if not part.finished(fraction)]
+    missing = [point for point in part.own_points if not part.finished(point)]
     if not missing:
         return
     started = time.monotonic()
     run = Path("random") if part.start in ALONE else pretrained(part)
     pretraining_s = time.monotonic() - started
-    for fraction in missing:
+    for point in missing:
         started = time.monotonic()
-        job = finetuning_job(part, run, fraction)
-        if part.start == "pca":
-            told, notes = {"linear": linear_baseline(job)}, list[str]()
-        else:
-            tuned = tune(job)
-            told, notes = tuned.predictions, tuned.notes
-        known = set(job.targets)
-        evaluations = []
-        for stage, predictions in told.items():
-            predictions.save(part.folder / "predictions" / f"{part.name}-{fraction:g}-{stage}.npz")
+        evaluations, notes, labels = [], list[str](), 0
+        known: set[str] = set()
+        for stage in part.own_stages:
+            job = finetuning_job(part, run, point, stage)
+            if part.start == "pca":
+                predictions = linear_baseline(job)
+            else:
+                tuned = tune(job)
+                predictions = tuned.predictions[stage]
+                notes += tuned.notes
+            known = set(job.targets)
+            labels = sum(count_subjects(job, site) for site in job.targets)
+            predictions.save(part.folder / "predictions" / f"{part.name}-{point.name}-{stage}.npz")
             found, more = evaluate_predictions(predictions, stage=stage, regime=part.start, seed=part.seed, known_sites=known)
             evaluations += [evaluation.to_dict() for evaluation in found]
             notes += more
         about = {
-            "settings": part.settings(fraction),
+            "settings": part.settings(point),
             "targets": sorted(known),
-            "labels": sum(count_subjects(job, site) for site in job.targets),
+            "labels": labels,
             "seconds": round(time.monotonic() - started, 1),
             "pretraining_seconds": round(pretraining_s, 1),
             "notes": list(dict.fromkeys(notes)),
             "evaluations": evaluations,
         }
-        write_atomically(part.result(fraction), json.dumps(about, indent=1).encode())
+        write_atomically(part.result(point), json.dumps(about, indent=1).encode())
 
 
 def count_subjects(job: Job, site: str) -> int:
@@ -177,6 +223,7 @@ def pretrained(part: Part) -> Path:
     from server.app import app as server_app
     from simulations.in_process import run_in_process
 
+    logging.getLogger("flwr").setLevel(logging.ERROR)  # which its import has set
     folder = part.folder / "pretraining" / part.name
     where = [f"output={quoted(str(folder.parent.resolve()))}", f"name={part.name}"]
     overrides = (*part.seeded, *shlex.split(STARTS[part.start]), "finetune=none", "evaluation=none", *where)
@@ -193,19 +240,12 @@ def pretrained(part: Part) -> Path:
     return folder
 
 
-def finetuning_job(part: Part, run: Path, fraction: float) -> Job:
-    """Fine-tuning of a start on a fraction of the labels; one of other settings in its folder is thrown away."""
-    overrides = [
-        *part.seeded,
-        "num_rounds=0",
-        "warmup_rounds=0",
-        "debias=none",
-        f"finetune.label_fraction={fraction!r}",
-        f"finetune.stages=[{','.join(part.own_stages) if part.start != 'pca' else 'from_scratch'}]",
-    ]
-    config, start = prepared(run, overrides)
-    folder = part.folder / "finetuning" / f"{part.name}-{fraction:g}"
-    stamp, settings = folder.with_suffix(".json"), part.settings(fraction)
+def finetuning_job(part: Part, run: Path, point: Point, stage: str) -> Job:
+    """A stage of fine-tuning from a start under a condition; one of other settings in its folder is thrown away."""
+    chosen = f"finetune.stages=[{'from_scratch' if part.start == 'pca' else stage}]"
+    config, start = prepared(run, [*part.seeded, *WITHOUT_PRETRAINING, *point.overrides, chosen])
+    folder = part.folder / "finetuning" / f"{part.name}-{point.name}-{stage}"
+    stamp, settings = folder.with_suffix(".json"), part.settings(point)
     if not stamp.is_file() or json.loads(stamp.read_text(encoding="utf-8")) != settings:
         shutil.rmtree(folder, ignore_errors=True)
         write_atomically(stamp, json.dumps(settings).encode())
@@ -260,14 +300,14 @@ def linear_baseline(job: Job) -> Predictions:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of a start and stage on a fraction of the labels.
+    """A figure of a start and stage under a condition.
 
     Attributes:
         labels: subjects whose labels were trained on, mean over the seeds.
         mean: over the seeds.
         interval: 95 %, over resamples of the held-out subjects, of the mean over the seeds.
-        lead: its difference from scratch on the same fraction, with its interval over the same resamples; None for scratch.
-        accuracy: mean over the seeds of accuracy, or with a number of r2.
+        lead: its difference from scratch under the same condition, with its interval over the same resamples; None for scratch.
+        second: mean over the seeds of accuracy, or with a number of r2; None where a seed has none.
         unseen: the figure at the sites left out, with its interval likewise; None where there are none.
     """
 
@@ -275,44 +315,40 @@ class Cell:
     mean: float
     interval: tuple[float, float]
     lead: tuple[float, float, float] | None
-    accuracy: float
+    second: float | None
     unseen: tuple[float, float, float] | None
 
 
-Key = tuple[str, str, float]
-Study = dict[Key, Cell]
-"""By start, stage and fraction."""
+Study = dict[tuple[str, str, Point], Cell]
+"""By start, stage and condition."""
 
 
 def read_study(parts: Sequence[Part], config: RunConfig) -> Study:
     """Every cell whose seeds are all finished; the sites that were left out, one after the other, count as one unseen part."""
     study: Study = {}
-    reference: dict[float, NDArray[np.float64]] = {}
+    reference: dict[Point, NDArray[np.float64]] = {}
     by_start = {start: [part for part in parts if part.start == start] for start in dict.fromkeys(part.start for part in parts)}
     for start in sorted(by_start, key=lambda name: name != "scratch"):
         inside = [part for part in by_start[start] if not part.left_out]
         outside = [part for part in by_start[start] if part.left_out]
         for stage in by_start[start][0].own_stages:
-            for fraction in by_start[start][0].fractions:
-                if not all(part.finished(fraction) for part in by_start[start]):
+            for point in by_start[start][0].own_points:
+                if not all(part.finished(point) for part in by_start[start]):
                     continue
-                told = [json.loads(part.result(fraction).read_text(encoding="utf-8")) for part in inside]
-                sampled_R = mean_over_seeds(inside, stage, fraction, unseen=False)
+                told = [json.loads(part.result(point).read_text(encoding="utf-8")) for part in inside]
+                sampled_R = mean_over_seeds(inside, stage, point, unseen=False)
                 if start == "scratch":
-                    reference[fraction] = sampled_R
-                lead_R = sampled_R - reference[fraction] if fraction in reference and start != "scratch" else None
+                    reference[point] = sampled_R
+                lead_R = sampled_R - reference[point] if point in reference and start != "scratch" else None
                 second = "r2" if config.finetune.target.kind == "regression" else "accuracy"
                 values = [figure(about, stage, second) for about in told]
-                accuracy = (
-                    float(np.mean([v for v in values if v is not None])) if any(v is not None for v in values) else math.nan
-                )
-                unseen_R = mean_over_sites(outside, stage, fraction) if outside else None
-                study[start, stage, fraction] = Cell(
+                unseen_R = mean_over_sites(outside, stage, point) if outside else None
+                study[start, stage, point] = Cell(
                     labels=float(np.mean([about["labels"] for about in told])),
                     mean=float(sampled_R[0]),
                     interval=between(sampled_R),
                     lead=None if lead_R is None else (float(lead_R[0]), *between(lead_R)),
-                    accuracy=accuracy,
+                    second=None if None in values else float(np.mean([v for v in values if v is not None])),
                     unseen=None if unseen_R is None else (float(unseen_R[0]), *between(unseen_R)),
                 )
     return study
@@ -330,36 +366,37 @@ def figure(about: Mapping[str, Any], stage: str, metric: str) -> float | None:
     return found[0] if found else None
 
 
-def mean_over_seeds(parts: Sequence[Part], stage: str, fraction: float, *, unseen: bool) -> NDArray[np.float64]:
+def mean_over_seeds(parts: Sequence[Part], stage: str, point: Point, *, unseen: bool) -> NDArray[np.float64]:
     """The main figure, then its resamples, mean over the seeds, (1 + R,); seeds of the same subjects share their resamples."""
     sampled = []
     for part in parts:
         target = load_config(part.seeded).finetune.target
-        predictions = Predictions.load(part.folder / "predictions" / f"{part.name}-{fraction:g}-{stage}.npz", target)
-        targets = set(json.loads(part.result(fraction).read_text(encoding="utf-8"))["targets"])
+        predictions = Predictions.load(part.folder / "predictions" / f"{part.name}-{point.name}-{stage}.npz", target)
+        targets = set(json.loads(part.result(point).read_text(encoding="utf-8"))["targets"])
         sites = {str(site) for site in np.unique(predictions.site)}
         chosen = sites - targets if unseen else sites & targets
         sampled.append(resampled_figure(predictions, sites=chosen, num_resamples=NUM_RESAMPLES, seed=0))
     return np.asarray(np.mean(sampled, axis=0))
 
 
-def mean_over_sites(parts: Sequence[Part], stage: str, fraction: float) -> NDArray[np.float64]:
+def mean_over_sites(parts: Sequence[Part], stage: str, point: Point) -> NDArray[np.float64]:
     """The main figure at the sites left out, each scored by the encoders that never saw it: mean over sites, then over seeds."""
     sites = sorted({part.left_out for part in parts})
-    each = [mean_over_seeds([part for part in parts if part.left_out == site], stage, fraction, unseen=True) for site in sites]
+    each = [mean_over_seeds([part for part in parts if part.left_out == site], stage, point, unseen=True) for site in sites]
     return np.asarray(np.mean(each, axis=0))
 
 
 def verdicts(study: Study, config: RunConfig) -> list[str]:
     """How many labels each start needs for what scratch reaches with all, in sentences."""
     metric, more_is_better = MAIN_FIGURE[config.finetune.target.kind]
-    whole = {fraction: cell for (start, _, fraction), cell in study.items() if start == "scratch"}
+    usual = {key: cell for key, cell in study.items() if key[2].epsilon is None}
+    whole = {point.fraction: cell for (start, _, point), cell in usual.items() if start == "scratch"}
     if not whole:
         return []
     best = whole[max(whole)]
     lines = []
-    for start, stage in dict.fromkeys((start, stage) for start, stage, _ in study if start != "scratch"):
-        course = sorted((cell.labels, cell.mean) for (s, t, _), cell in study.items() if (s, t) == (start, stage))
+    for start, stage in dict.fromkeys((start, stage) for start, stage, _ in usual if start != "scratch"):
+        course = sorted((cell.labels, cell.mean) for (s, t, _), cell in usual.items() if (s, t) == (start, stage))
         reached = labels_for(best.mean, course, more_is_better=more_is_better)
         goal = f"the {metric} of scratch with all {best.labels:.0f} labels ({best.mean:.3f})"
         if reached is None:
@@ -392,40 +429,51 @@ def labels_for(goal: float, course: Sequence[tuple[float, float]], *, more_is_be
 
 
 def draw(study: Study, config: RunConfig, path: Path) -> None:
-    """The main figure against the number of labels, a line a start and stage, with intervals."""
+    """The main figure against the number of labels, and against epsilon where that varies: a panel a stage, a line a start."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
 
     mpl.use("agg")
     stages = list(dict.fromkeys(stage for start, stage, _ in study if start not in ALONE)) or ["from_scratch"]
-    canvas = Canvas(figsize=(5.6 * len(stages) + 0.8, 4.8), layout="constrained")
+    epsilons = sorted({point.epsilon for _, _, point in study if point.epsilon is not None})
+    panels = [(stage, private) for private in ([False, True] if epsilons else [False]) for stage in stages]
+    canvas = Canvas(figsize=(5.4 * len(stages) + 0.8, 4.6 * len(panels) / len(stages)), layout="constrained")
+    axes_of = canvas.subplots(len(panels) // len(stages), len(stages), sharey=True, squeeze=False).flat
     metric, _ = MAIN_FIGURE[config.finetune.target.kind]
     starts = list(dict.fromkeys(start for start, _, _ in study))
-    for axes, stage in zip(np.atleast_1d(canvas.subplots(1, len(stages), sharey=True)), stages, strict=True):
+    for axes, (stage, private) in zip(axes_of, panels, strict=True):
         for number, start in enumerate(starts):
             own = ALONE.get(start, stage)
-            cells = sorted(
-                ((cell.labels, cell) for (s, t, _), cell in study.items() if (s, t) == (start, own)), key=lambda c: c[0]
-            )
+            cells = {
+                (epsilons.index(point.epsilon) if point.epsilon is not None else cell.labels): cell
+                for (s, t, point), cell in study.items()
+                if (s, t) == (start, own) and (point.epsilon is not None) == private
+            }
             if not cells:
                 continue
-            labels, means = [n for n, _ in cells], [cell.mean for _, cell in cells]
-            lows, highs = [cell.interval[0] for _, cell in cells], [cell.interval[1] for _, cell in cells]
-            # Points side by side, so that their intervals can be told apart.
-            shifted = [n * 1.03 ** (number - len(starts) / 2) for n in labels]
-            bars = [[m - low for m, low in zip(means, lows, strict=True)], [h - m for m, h in zip(means, highs, strict=True)]]
-            style = {"color": "#5d6975", "ls": "--"} if start in ALONE else {"color": f"C{number}"}
+            places = sorted(cells)
+            means = [cells[place].mean for place in places]
+            low_high = [[abs(cells[place].interval[side] - cells[place].mean) for place in places] for side in (0, 1)]
+            # Side by side, so that intervals can be told apart.
+            aside = number - len(starts) / 2
+            shifted = [place + 0.04 * aside if private else place * 1.03**aside for place in places]
+            style = {"color": "#5d6975", "ls": "--" if start == "scratch" else ":"} if start in ALONE else {"color": f"C{number}"}
             axes.errorbar(
-                shifted, means, yerr=bars, marker="o", ms=4, lw=1.4, elinewidth=0.8, capsize=2, label=LABELS[start], **style
+                shifted, means, yerr=low_high, marker="o", ms=4, lw=1.4, elinewidth=0.8, capsize=2, label=LABELS[start], **style
             )
-        axes.set_xscale("log")
-        ticks = sorted({round(cell.labels) for cell in study.values()})
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("subjects with labels")
+        if private:
+            axes.set_xticks(range(len(epsilons)), ["clipped, no noise" if e == math.inf else f"{e:g}" for e in epsilons])
+            axes.set_xlabel("epsilon of DP-SGD, all labels")
+        else:
+            axes.set_xscale("log")
+            ticks = sorted({round(cell.labels) for (_, _, point), cell in study.items() if point.epsilon is None})
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+            axes.set_xlabel("subjects with labels")
         axes.set_title(stage.replace("_", " "), fontsize=10)
-    canvas.axes[0].set_ylabel(f"{config.finetune.target.task}: {metric} on held-out subjects")
-    canvas.axes[-1].legend(fontsize=8, frameon=False)
+        axes.set_ylabel(f"{config.finetune.target.task}: {metric} on held-out subjects")
+        axes.label_outer()
+    canvas.axes[len(stages) - 1].legend(fontsize=8, frameon=False)
     canvas.savefig(path, dpi=150)
 
 
@@ -445,16 +493,17 @@ def rows_of(study: Study, config: RunConfig) -> tuple[list[str], list[list[str]]
     ]
     order = list(STARTS)
     rows = []
-    for (start, stage, fraction), cell in sorted(
-        study.items(), key=lambda item: (order.index(item[0][0]), item[0][1], item[0][2])
-    ):
+    by_place = sorted(study.items(), key=lambda item: (order.index(item[0][0]), item[0][1], item[0][2].order))
+    for (start, stage, point), cell in by_place:
         row = [
             LABELS[start],
             stage,
-            f"{cell.labels:.0f} ({fraction:.0%})",
+            f"{cell.labels:.0f} ({point.fraction:.0%})"
+            if point.epsilon is None
+            else f"{cell.labels:.0f}, epsilon {point.epsilon:g}",
             f"{cell.mean:.3f} [{cell.interval[0]:.3f}, {cell.interval[1]:.3f}]",
             "-" if cell.lead is None else f"{cell.lead[0]:+.3f} [{cell.lead[1]:+.3f}, {cell.lead[2]:+.3f}]",
-            "-" if math.isnan(cell.accuracy) else f"{cell.accuracy:.3f}",
+            "-" if cell.second is None else f"{cell.second:.3f}",
         ]
         if unseen:
             row.append("-" if cell.unseen is None else f"{cell.unseen[0]:.3f} [{cell.unseen[1]:.3f}, {cell.unseen[2]:.3f}]")
@@ -492,6 +541,11 @@ def main(
     fraction: Annotated[
         list[float] | None, typer.Option(help="Share of the labels; repeat for more. Default: 0.1 0.5 1.")
     ] = None,
+    epsilon: Annotated[
+        list[float] | None,
+        typer.Option(help="Also fine-tune with DP-SGD that spends this, on all labels; inf clips alone; repeat for more."),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Of DP-SGD; less than 1 / subjects of the smallest target site.")] = 1e-4,
     stage: Annotated[list[str] | None, typer.Option(help="Stage from an encoder; repeat for more. Default: the run's.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Pretrainings, draws and fine-tunings, with seeds 0, 1, ...")] = 3,
     leave_each_out: Annotated[
@@ -503,12 +557,13 @@ def main(
     """Compare starts of fine-tuning by the number of labels; started again, it goes on where it stopped.
 
     table.md, figure.png and study.json in the output folder hold the figure that counts (AUC; years or units of a number) on
-    held-out subjects for every start, stage and fraction, its difference from scratch on the same subjects, both with intervals
-    over these subjects, and how many labels a start needs for what scratch reaches with all.
+    held-out subjects for every start, stage and number of labels, and its difference from scratch, both with intervals over these
+    subjects; and how many labels a start needs for what scratch reaches with all.
     """
     config = checked(overrides or [])
     starts = tuple(start or default_starts(config))
     fractions = tuple(sorted(set(fraction or (0.1, 0.5, 1.0))))
+    points = (*(Point(part) for part in fractions), *(Point(epsilon=value, delta=delta) for value in sorted(set(epsilon or ()))))
     stages = tuple(stage or [name for name in config.finetune.stages if name != "from_scratch"])
     wrong = [f"--start must be of {list(STARTS)}, got {name!r}" for name in starts if name not in STARTS]
     wrong += [f"--fraction must be more than 0 and at most 1, got {value}" for value in fractions if not 0 < value <= 1]
@@ -521,13 +576,15 @@ def main(
         raise typer.Exit(2)
     for name in starts:
         checked([*(overrides or ()), *shlex.split(STARTS[name])])
-    checked([*(overrides or ()), f"finetune.stages=[{','.join(stages)}]"])
+    for point in points:
+        tuned = f"finetune.stages=[{','.join(stages)}]"
+        checked([*(overrides or ()), "start=random", *WITHOUT_PRETRAINING, *point.overrides, tuned])
     source = config.data.source(default_cache_root(), config.data.places)
     decode_first(source)
     folder = output or Path("runs") / f"transfer-{config.name}"
     left_out = ("", *(config.data.target_sites or source.sites())) if leave_each_out else ("",)
     parts = [
-        Part(tuple(overrides or ()), name, seed, site, fractions, stages, folder)
+        Part(tuple(overrides or ()), name, seed, site, points, stages, folder)
         for site in left_out
         for seed in range(seeds)
         for name in starts
@@ -538,12 +595,11 @@ def main(
         "overrides": overrides or [],
         "seeds": seeds,
         "cells": [
-            {"start": s, "stage": t, "fraction": f, **{name: getattr(cell, name) for name in Cell.__dataclass_fields__}}
-            for (s, t, f), cell in study.items()
+            {"start": name, "stage": tuned, "condition": point.name, **asdict(cell)}
+            for (name, tuned, point), cell in study.items()
         ],
         "verdicts": verdicts(study, config),
-        "seconds": sum(json.loads(part.result(f).read_text())["seconds"] for part in parts for f in fractions)
-        + sum(json.loads(part.result(fractions[0]).read_text())["pretraining_seconds"] for part in parts),
+        "seconds": seconds_of(parts),
     }
     write_atomically(folder / "study.json", json.dumps(about, indent=1).encode())
     headings, rows = rows_of(study, config)
@@ -554,23 +610,32 @@ def main(
     typer.echo(f"{about['seconds']:.0f} s of one core each in all; table, figure and every figure: {folder}")
 
 
+def seconds_of(parts: Sequence[Part]) -> float:
+    """What all of it took, each process for itself."""
+    told = [[json.loads(part.result(point).read_text(encoding="utf-8")) for point in part.own_points] for part in parts]
+    return float(
+        sum(max(about["pretraining_seconds"] for about in part) + sum(about["seconds"] for about in part) for part in told)
+    )
+
+
 def measure(parts: Sequence[Part], workers: int) -> None:
     """Carry out the parts side by side, with progress; stop at the first that fails, with its reason."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    wanted = [(part, fraction) for part in parts for fraction in part.fractions]
+    wanted = [(part, point) for part in parts for point in part.own_points]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, transient=True) as bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        task = bar.add_task("starts x fractions x seeds", total=len(wanted))
+        task = bar.add_task("starts x conditions x seeds", total=len(wanted))
         futures: list[Future[None]] = [pool.submit(carry_out, part) for part in parts]
-        seen: set[tuple[str, float]] = set()
+        seen: set[tuple[str, Point]] = set()
         while True:
             done = all(future.done() for future in futures)
-            for part, fraction in wanted:
-                if (part.name, fraction) not in seen and part.finished(fraction):
-                    seen.add((part.name, fraction))
-                    about = json.loads(part.result(fraction).read_text(encoding="utf-8"))
-                    bar.console.print(f"{part.name}, {about['labels']} labels ({about['seconds']:.0f} s)")
+            for part, point in wanted:
+                if (part.name, point) not in seen and part.finished(point):
+                    seen.add((part.name, point))
+                    about = json.loads(part.result(point).read_text(encoding="utf-8"))
+                    private = "" if point.epsilon is None else f", epsilon {point.epsilon:g}"
+                    bar.console.print(f"{part.name}, {about['labels']} labels{private} ({about['seconds']:.0f} s)")
             bar.update(task, completed=len(seen))
             failed = [future for future in futures if future.done() and future.exception() is not None]
             if failed:
