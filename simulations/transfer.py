@@ -152,7 +152,7 @@ class Part:
         """Everything that is set, by default or by the overrides: of the pretraining, and of the fine-tuning."""
         tuned = (*self.seeded, "start=random", *WITHOUT_PRETRAINING, *point.overrides)
         return {
-            "pretraining": settings_of((*self.seeded, *shlex.split(STARTS[self.start]))),
+            "pretraining": pretraining_settings((*self.seeded, *shlex.split(STARTS[self.start]))),
             "finetuning": settings_of(tuned),
             "stages": list(self.own_stages),
         }
@@ -170,6 +170,11 @@ def settings_of(overrides: tuple[str, ...]) -> dict[str, Any]:
     places = {place: str(path) for place, path in config.data.places.items()}
     settings: dict[str, Any] = json.loads(json.dumps({**describe(config), "places": places}))
     return settings
+
+
+def pretraining_settings(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """What of it pretraining depends on."""
+    return {key: value for key, value in settings_of(overrides).items() if key not in ("finetune", "evaluation", "name")}
 
 
 def carry_out(part: Part) -> None:
@@ -228,7 +233,7 @@ def pretrained(part: Part) -> Path:
     where = [f"output={quoted(str(folder.parent.resolve()))}", f"name={part.name}"]
     overrides = (*part.seeded, *shlex.split(STARTS[part.start]), "finetune=none", "evaluation=none", *where)
     config, stamp = load_config(overrides), folder / "pretrained.json"
-    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == settings_of(overrides):
+    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == pretraining_settings(overrides):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     num_sites = len(config.data.source(default_cache_root(), config.data.places).sites())
@@ -236,7 +241,7 @@ def pretrained(part: Part) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{part.name}.log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         run_in_process(server_app, client_app, shlex.join(overrides), nodes)
-    write_atomically(stamp, json.dumps(settings_of(overrides)).encode())
+    write_atomically(stamp, json.dumps(pretraining_settings(overrides)).encode())
     return folder
 
 
