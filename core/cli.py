@@ -106,7 +106,7 @@ def finetune(
     isocenter finetune runs/phantom data=folder data.root=/data/hospital finetune.target.kind=regression
     finetune.target.labels=[iq] data.columns.targets=[iq] finetune.target.offset=100 finetune.target.scale=15
 
-    isocenter finetune other.safetensors encoder=resnet18 'start_keys={"net":"encoder.net","fc":null}' data=folder data.root=...
+    isocenter finetune other.safetensors encoder=resnet18 'start_keys=["net.:encoder.net.","fc.:"]' data=folder data.root=...
 
     Stages (finetune.stages): linear_probe, last_block, full_finetuning, frozen_then_unfrozen, from_scratch. With num_rounds=N the
     encoder is first pretrained for N rounds more on the sites' own training scans, labels unused. Several target sites train one

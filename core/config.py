@@ -450,7 +450,7 @@ class RunConfig(Closed):
     embedding_size: Annotated[int, Field(ge=2, le=4096)]
     precision: Literal["float32", "bfloat16"]
     start: Path | None
-    start_keys: dict[str, str | None]
+    start_keys: tuple[Annotated[str, Field(pattern="^[^:]*:[^:]*$")], ...]
     data: Annotated[
         Annotated[ImageData, Tag("images")] | Annotated[MedMnistData, Tag("medmnist")] | Annotated[TableData, Tag("table")],
         Discriminator(_kind),

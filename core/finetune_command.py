@@ -26,7 +26,16 @@ from core.data.site import SiteData, default_cache_root, join_splits
 from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.predictions import Predictions, evaluate_predictions
 from core.finetuning import finetune, labelled, num_classes, predict, privacy_notes, training_scans, validation_loss
-from core.models import Classifier, Segmenter, build_classifier, build_pretrainer, build_segmenter, num_erased, split_constants
+from core.models import (
+    Classifier,
+    Pretrainer,
+    Segmenter,
+    build_classifier,
+    build_pretrainer,
+    build_segmenter,
+    num_erased,
+    split_constants,
+)
 from core.moments import MomentPolicy
 from core.report import RunRecord, write_report
 from core.report_segmentation import draw_examples
@@ -157,7 +166,7 @@ def open_job(config: RunConfig, start: Start, folder: Path, device: torch.device
         return _segmentation_job(config, start, held, folder, device, say)
     target = config.finetune.target
     classes: dict[str, int] = {}
-    reason = f"no site has training scans of two classes of {target.task}"
+    reason = ""
     for site, one in held.items():
         try:
             classes[site] = num_classes(labelled(one.splits["train"], target), target)
@@ -169,9 +178,10 @@ def open_job(config: RunConfig, start: Start, folder: Path, device: torch.device
         alone = ", ".join(sorted(set(named) - set(targets)))
         raise FinetuneError(
             f"finetune: target sites must show two classes of {target.task} in training and not be unseen, {alone} cannot. "
-            "Leave them out of data.target_sites."
+            f"{reason or 'Leave them out of data.target_sites'}."
         )
     if not targets:
+        reason = reason or f"no site has training scans of two classes of {target.task}"
         raise FinetuneError(f"finetune: {reason}. Check the labels with `isocenter check`, or name others in finetune.target.")
     for site in targets:
         training_scans(held[site].splits["train"], config)
@@ -212,8 +222,12 @@ def _segmentation_job(
     return Job(config, start, held, tuple(targets), folder, device, say, maps)
 
 
-def first_encoder(job: Job) -> State:
-    """The encoder's weights and constants that fine-tuning begins with."""
+def begun(job: Job) -> tuple[Pretrainer, State]:
+    """The encoder with the start's weights, a projector beside it, and all weights by name.
+
+    Raises:
+        StartError: the start is of another architecture.
+    """
     config = job.config
     constants: State = split_constants(job.start.encoder)[1]
     if config.data.inputs == "table" and not constants:
@@ -230,7 +244,13 @@ def first_encoder(job: Job) -> State:
         num_erased=num_erased(constants),
     )
     load_start(model.encoder, job.start)
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()} | constants
+    return model, {name: value.detach().clone() for name, value in model.state_dict().items()} | constants
+
+
+def first_encoder(job: Job) -> State:
+    """The encoder's weights and constants that fine-tuning begins with: the start's, pretrained again where the run says so."""
+    config = job.config
+    model, state = begun(job)
     if config.num_rounds == 0:
         return {name: value for name, value in state.items() if name.startswith("encoder.")}
 
@@ -394,6 +414,7 @@ class Tuned:
 def tune(job: Job) -> Tuned:
     """Fine-tune in every stage, keep checkpoints, and score on held-out scans; what an earlier call began is gone on with."""
     config, target = job.config, job.config.finetune.target
+    begun(job)  # what cannot begin claims no folder
     if claim_folder(job):
         job.say(f"going on in {job.folder}")
     alone = config.finetune.where == "local"
@@ -502,7 +523,7 @@ def prepared(run: Path, overrides: Sequence[str]) -> tuple[RunConfig, Start]:
     Raises:
         ConfigError, StartError: one line that says what to change.
     """
-    keys = compose_plain(list(overrides)).get("start_keys") or {}
+    keys = [str(key) for key in compose_plain(list(overrides))["start_keys"]]
     start = read_start(run, keys)
     config = finetuning_config(run, start, overrides)
     if not config.finetune.stages:

@@ -1,7 +1,7 @@
 """What training begins with: an encoder of ours, or the weights of any .safetensors under names of their own."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,17 +33,19 @@ class Start:
     config: dict[str, Any] | None
 
 
-def read_start(path: Path, keys: Mapping[str, str | None] | None = None) -> Start:
+def read_start(path: Path, keys: Sequence[str] = ()) -> Start:
     """Read the encoder of a run's folder, of a checkpoint, of an export, or of any .safetensors.
 
     Args:
         path: of a run the last checkpoint of pretraining is read; ``random``: random weights, none are read.
-        keys: what names in the file begin with, and what is written in its place; None drops those names. The longest that fits
-            counts. Every name of the file must be told for when any is.
+        keys: ``OLD:NEW``, what names in the file begin with and what is written in its place; without NEW they are dropped. The
+            longest that fits counts. Every name of the file must be told for when any is.
 
     Raises:
         StartError: there is no such file, it holds no encoder, or a name is told for in no way.
     """
+    if wrong := [key for key in keys if key.count(":") != 1]:
+        raise StartError(f"start_keys: each must be OLD:NEW, how names begin there and here, got {wrong[0]!r}.")
     if path == RANDOM:
         return Start("random", {}, None)
     file = _file(path)
@@ -57,13 +59,13 @@ def read_start(path: Path, keys: Mapping[str, str | None] | None = None) -> Star
         ) from None
     config = load_checkpoint(file).config if "isocenter" in metadata else _exported_config(metadata)
     if keys:
-        state = _renamed(state, keys, file.name)
+        state = _renamed(state, dict(key.split(":", 1) for key in keys), file.name)
     encoder = {name: value for name, value in state.items() if name.startswith("encoder.")}
     if not encoder:
         names = ", ".join(sorted(state)[:3])
         raise StartError(
             f"start: {file.name} must hold weights whose names begin with encoder., got {names}, ... "
-            'Say what their names begin with: \'start_keys={"backbone.":"encoder."}\'.'
+            "Say what their names begin with: 'start_keys=[\"backbone.:encoder.\"]'."
         )
     if bad := sorted(name for name, value in encoder.items() if value.is_floating_point() and not value.isfinite().all()):
         raise StartError(f"start: the weights of {file.name} must be finite, {bad[0]} and {len(bad) - 1} others are not.")
@@ -127,20 +129,19 @@ def _exported_config(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     return None
 
 
-def _renamed(state: Mapping[str, Tensor], keys: Mapping[str, str | None], name: str) -> dict[str, Tensor]:
+def _renamed(state: Mapping[str, Tensor], keys: Mapping[str, str], name: str) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for key, value in state.items():
         fits = [begin for begin in keys if key.startswith(begin)]
         if not fits:
             raise StartError(
                 f"start_keys: they must say what becomes of every name in {name}, got none for {key}. "
-                "Add its beginning, with null to drop it: 'start_keys={\"head.\":null, ...}'."
+                "Add its beginning, alone to drop it: 'start_keys=[\"head.:\",...]'."
             )
         begin = max(fits, key=len)
-        to = keys[begin]
-        if to is None:
+        if not keys[begin]:
             continue
-        if (new := to + key.removeprefix(begin)) in renamed:
+        if (new := keys[begin] + key.removeprefix(begin)) in renamed:
             raise StartError(f"start_keys: two names must not become one, got {new} twice. Mend them.")
         renamed[new] = value
     return renamed

@@ -141,8 +141,10 @@ class Part:
 
     @property
     def own_points(self) -> tuple[Point, ...]:
-        """The conditions that this start has: the linear baseline is never private."""
-        return tuple(point for point in self.points if self.start != "pca" or point.epsilon is None)
+        """The conditions that this start has: the linear baseline is never private, a site is left out with all labels alone."""
+        points = [point for point in self.points if self.start != "pca" or point.epsilon is None]
+        most = max(point.fraction for point in points)
+        return tuple(point for point in points if not self.left_out or (point.epsilon is None and point.fraction == most))
 
     def result(self, point: Point) -> Path:
         """Where the figures of a condition are kept."""
@@ -338,7 +340,7 @@ def read_study(parts: Sequence[Part], config: RunConfig) -> Study:
         outside = [part for part in by_start[start] if part.left_out]
         for stage in by_start[start][0].own_stages:
             for point in by_start[start][0].own_points:
-                if not all(part.finished(point) for part in by_start[start]):
+                if not all(part.finished(point) for part in by_start[start] if point in part.own_points):
                     continue
                 told = [json.loads(part.result(point).read_text(encoding="utf-8")) for part in inside]
                 sampled_R = mean_over_seeds(inside, stage, point, unseen=False)
@@ -347,7 +349,7 @@ def read_study(parts: Sequence[Part], config: RunConfig) -> Study:
                 lead_R = sampled_R - reference[point] if point in reference and start != "scratch" else None
                 second = "r2" if config.finetune.target.kind == "regression" else "accuracy"
                 values = [figure(about, stage, second) for about in told]
-                unseen_R = mean_over_sites(outside, stage, point) if outside else None
+                unseen_R = mean_over_sites(outside, stage, point) if outside and point in outside[0].own_points else None
                 study[start, stage, point] = Cell(
                     labels=float(np.mean([about["labels"] for about in told])),
                     mean=float(sampled_R[0]),
