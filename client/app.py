@@ -36,6 +36,7 @@ from core.evaluation.federated_site import (
 )
 from core.evaluation.sums import standardised, subject_folds
 from core.exchange import (
+    PRIVACY,
     ExchangeError,
     SiteError,
     State,
@@ -196,18 +197,18 @@ def received_classifier(work: Work) -> Classifier:
 
 
 def trained(result: TrainResult, work: Work) -> RecordDict:
-    """The answer to a training task: every weight but the constants."""
+    """The answer to a training task: the weights that it trained."""
     received = unpack_state(work.received)
-    after = {name: value.detach().cpu() for name, value in result.state.items() if name in received}
-    before = {name: received[name] for name in after}
-    arrays, layout = pack(received | harden(after, before, work.config.privacy))
+    before = {name: value for name, value in received.items() if name in result.state}
+    after = {name: result.state[name].detach().cpu() for name in before}
+    arrays, layout = pack(harden(after, before, work.config.privacy))
     metrics = MetricRecord(
         {"num-examples": result.num_scans, "seconds": result.seconds, "waited-seconds": result.waited_s, **result.metrics}
     )
     answer = content(arrays=arrays, metrics=metrics, config=ConfigRecord({"layout": layout}))
-    if result.privacy:
-        numbers = {name: value for name, value in result.privacy.items() if type(value) in (int, float)}
-        answer.metric_records["privacy"] = MetricRecord(numbers)
+    # Flower takes one record of metrics in an answer.
+    numbers = {f"{PRIVACY}{name}": value for name, value in result.privacy.items() if type(value) in (int, float)}
+    answer.config_records["config"].update(numbers)
     return answer
 
 

@@ -30,6 +30,8 @@ Message = TypeVar("Message")
 
 PER_SCAN = ("embeddings", "predictions")
 """Records with a row a scan, which leave a site only where it shares them."""
+PRIVACY = "privacy-"
+"""What DP-SGD guarantees at a site has this before its names."""
 MAX_SUBJECTS = 10_000_000
 MAX_TEXTS, MAX_TEXT_LENGTH = 1000, 500
 

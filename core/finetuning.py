@@ -93,6 +93,13 @@ def trained_parts(model: Classifier | Segmenter, stage: StageName, round_number:
     return [model.head, *{"head": [], "last_block": parts[:1], "all": parts}[trains]]
 
 
+def trained_names(model: Classifier, stage: StageName, round_number: int, config: RunConfig) -> frozenset[str]:
+    """Names of the weights that a round of a stage trains."""
+    parts = trained_parts(model, stage, round_number, config)
+    trained = {id(parameter) for part in parts for parameter in part.parameters() if parameter.requires_grad}
+    return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in trained)
+
+
 def parameter_groups(parts: list[nn.Module], stage: StageName, round_number: int, config: RunConfig) -> list[dict[str, Any]]:
     """The parts with their learning rates in a round; in the encoder each has that of the part behind it times the decay.
 

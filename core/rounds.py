@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -40,15 +39,16 @@ def kept(result: TrainResult) -> TrainResult:
 
 
 def average(state: State, results: Mapping[str, TrainResult]) -> State:
-    """The weights after a round: those trained averaged by the number of scans, in the order of the sites' names; FedAvg."""
+    """The weights after a round: those trained averaged by the number of scans, in the order of the sites' names.
+
+    The arithmetic is that of Flower's FedAvg, so that rounds here and rounds of a federation give the same bits.
+    """
     ordered = [results[site] for site in sorted(results)]
-    if len(ordered) == 1:
-        return state | ordered[0].state
     whole = sum(result.num_scans for result in ordered)
     averaged = dict(state)
-    for name, value in ordered[0].state.items():
-        parts = [result.state[name].double() * (result.num_scans / whole) for result in ordered]
-        averaged[name] = torch.stack(parts).sum(dim=0).to(value.dtype)
+    for name in ordered[0].state:
+        first, *others = [result.state[name] * (result.num_scans / whole) for result in ordered]
+        averaged[name] = sum(others, first)
     return averaged
 
 

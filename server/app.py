@@ -20,8 +20,8 @@ from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.predictions import Predictions
 from core.evaluation.reading import ROLES
 from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack, unpack
-from core.finetuning import privacy_notes
-from core.models import Encoder, build_classifier, build_pretrainer, num_erased, split_constants
+from core.finetuning import privacy_notes, trained_names
+from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, split_constants
 from core.moments import Reference
 from core.report import RunRecord, write_report
 from core.scaling import standardisation_from, standardising
@@ -126,7 +126,7 @@ def carry_out(grid: Grid, context: Context) -> None:
         initial, _ = split_constants({name: value.clone() for name, value in classifier.state_dict().items()})
         if STAGES[stage].start == "pretrained":
             initial |= {name: value for name, value in pretrained.items() if name.startswith("encoder.")}
-        finetuned = finetuned_at(grid, targets, stage, initial, sites, folder, config)
+        finetuned = finetuned_at(grid, targets, stage, classifier, initial, sites, folder, config)
         if how == "per_scan":
             labelled = {node.node_id: node.site for node in nodes if cast(int, node.about["classes-in-train"]) >= 2}
             scored, notes = score_predictions(sites, labelled | targets, targets, finetuned, stage, config)
@@ -380,15 +380,26 @@ def begin_with(encoder: Encoder, start: Start, sites: Sites) -> None:
 
 
 def finetuned_at(
-    grid: Grid, targets: Mapping[int, str], stage: StageName, initial: State, sites: Sites, folder: Path, config: RunConfig
+    grid: Grid,
+    targets: Mapping[int, str],
+    stage: StageName,
+    model: Classifier,
+    initial: State,
+    sites: Sites,
+    folder: Path,
+    config: RunConfig,
 ) -> dict[int, State]:
     """The weights that a stage gives each target site: the same at all, or each site's own."""
+
+    def at(nodes: Mapping[int, str], own: str | None) -> State:
+        def trained(round_number: int) -> frozenset[str]:
+            return trained_names(model, stage, round_number, config)
+
+        return rounds(grid, SiteRounds(config, stage, sites, nodes, initial, folder, own=own, trained=trained), initial)
+
     if config.finetune.where == "federated":
-        return dict.fromkeys(targets, rounds(grid, SiteRounds(config, stage, sites, targets, initial, folder), initial))
-    return {
-        node: rounds(grid, SiteRounds(config, stage, sites, {node: site}, initial, folder, own=site), initial)
-        for node, site in targets.items()
-    }
+        return dict.fromkeys(targets, at(targets, None))
+    return {node: at({node: site}, site) for node, site in targets.items()}
 
 
 def erase(strategy: SiteRounds, pretrained: State, folder: Path, config: RunConfig, results: Results) -> Eraser | None:

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from core.checkpoint import Checkpoint, save_checkpoint
 from core.config import RunConfig, describe
 from core.erasure import Eraser, ScannerSums, fewest_directions, fit_eraser
 from core.exchange import (
+    PRIVACY,
     ExchangeError,
     State,
     check_like,
@@ -67,6 +68,7 @@ class SiteRounds(FedAvg):
         widths: number of features of the spaces ``h`` and ``z``, for what is exchanged about them.
         met: every site that has told about itself, in pretraining or not; who connects later may be taken in.
         own: the site whose own model it is, where each has one; part of the checkpoint's name.
+        trained: names of the weights that a round trains, by its number, which is what sites send back; None: all of them.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class SiteRounds(FedAvg):
         widths: Mapping[str, int] = MappingProxyType({}),
         met: Sequence[Node] = (),
         own: str | None = None,
+        trained: Callable[[int], Collection[str]] | None = None,
     ) -> None:
         super().__init__(min_train_nodes=1, min_available_nodes=1)
         self.config = config
@@ -91,6 +94,7 @@ class SiteRounds(FedAvg):
         self.widths = widths
         self.num_rounds = config.num_rounds if stage == "pretrain" else config.finetune.num_rounds
         self.met = list(met)
+        self.trained = trained
         self.saved_as = stage if own is None else f"{stage}-{own}"
         self.patience = None if stage == "pretrain" else config.finetune.patience
         self.best: tuple[float, int, ArrayRecord] | None = None
@@ -309,12 +313,14 @@ class SiteRounds(FedAvg):
         self.sites.count(replies, "from sites")
         replies = self.ask_forgetful(server_round, replies)
         answers, failures = sort_replies(self.nodes, replies, time.monotonic() - self.round_started)
+        names = self.template if self.trained is None else self.trained(server_round)
+        expected = {name: value for name, value in self.template.items() if name in names}
         for site, answer in list(answers.items()):
             try:
-                check_like(unpack_state(answer), self.template, f"site {site}")
+                check_like(unpack_state(answer), expected, f"site {site}")
                 check_metrics(answer.metric_records["metrics"], f"site {site}")
-                if "privacy" in answer.metric_records:
-                    self.privacy[site] = read_privacy(answer.metric_records["privacy"], f"site {site}")
+                if guarantee := read_privacy(answer.config_records["config"], f"site {site}"):
+                    self.privacy[site] = guarantee
             except (ExchangeError, KeyError) as error:
                 failures[site] = ("exchange", str(error))
                 del answers[site]
@@ -328,9 +334,10 @@ class SiteRounds(FedAvg):
         averaged, metrics = super().aggregate_train(server_round, accepted)
         if averaged is None:
             raise RunError(f"{self.stage}, round {server_round}: the average must not be empty.")
-        arrays = restore_dtypes(averaged, accepted)
-        state = unpack(arrays, self.layout) | self.sites.constants
-        checkpoint = Checkpoint(state, self.saved_as, server_round, describe(self.config))
+        # What no site trained is what it was, bit for bit.
+        state = unpack(self.round_arrays, self.layout) | unpack(restore_dtypes(averaged, accepted), pack(expected)[1])
+        arrays, _ = pack(state)
+        checkpoint = Checkpoint(state | self.sites.constants, self.saved_as, server_round, describe(self.config))
         save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
         validation = self.validate(server_round, arrays) if self.patience is not None else None
         told = {site: answer.metric_records["metrics"] for site, answer in answers.items()}
@@ -475,9 +482,10 @@ def check_metrics(metrics: MetricRecord, where: str) -> None:
         raise ExchangeError(f"{where}: metrics must be finite numbers and num-examples positive, got {bad or ['num-examples']}.")
 
 
-def read_privacy(told: MetricRecord, where: str) -> dict[str, float]:
-    """What DP-SGD guarantees at a site, in numbers, checked; without noise there is no epsilon."""
-    values = {name: value for name, value in told.items() if name in PRIVACY_NUMBERS and not isinstance(value, list)}
+def read_privacy(about: ConfigRecord, where: str) -> dict[str, float]:
+    """What DP-SGD guarantees at a site, in numbers, checked; nothing without it, no epsilon without noise."""
+    told = {name.removeprefix(PRIVACY): value for name, value in about.items() if name.startswith(PRIVACY)}
+    values = {name: value for name, value in told.items() if name in PRIVACY_NUMBERS and isinstance(value, int | float)}
     if len(values) < len(told) or not all(np.isfinite(value) and value >= 0 for value in values.values()):
         raise ExchangeError(f"{where}: a guarantee must be finite numbers of {list(PRIVACY_NUMBERS)}, got others.")
     return values
