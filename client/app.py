@@ -4,6 +4,7 @@ Nothing that names a subject or a path leaves: failures are logged at the site, 
 """
 
 import logging
+import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -454,6 +455,8 @@ def query_validation(work: Work) -> RecordDict:
     if subjects < work.site.moments.min_group:
         return content(metrics=MetricRecord({"subjects": 0, "loss": 0.0}))
     loss = validation_loss(received_classifier(work), data, work.config, work.site.device)
+    if math.isnan(loss):
+        return content(metrics=MetricRecord({"subjects": 0, "loss": 0.0}))
     return content(metrics=MetricRecord({"subjects": work.site.moments.rounded(subjects), "loss": loss}))
 
 

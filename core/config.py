@@ -350,6 +350,7 @@ class FinetuneConfig(Closed):
     class_weights: Literal["balanced", "none"]
     label_fraction: Annotated[float, Field(gt=0, le=1)]
     patience: Count | None
+    validate_by: Literal["loss", "figure"]
     views: Views | None
 
     @model_validator(mode="after")

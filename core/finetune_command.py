@@ -285,6 +285,8 @@ def finetune_stage(
         train_at[site] = segmentation_scans(splits["train"], maps[site]) if maps else training_scans(splits["train"], config)
         val_at[site] = maps[site].labelled(splits["val"]) if maps else labelled(splits["val"], target)
     val_at = {site: data for site, data in val_at.items() if len(data)}
+    if config.finetune.validate_by == "figure" and not maps:
+        val_at = {site: data for site, data in val_at.items() if num_classes(data, target) >= 2}
 
     def train(weights: State, round_number: int) -> dict[str, TrainResult]:
         results = {}

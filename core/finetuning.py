@@ -13,7 +13,7 @@ from core.config import RunConfig
 from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
-from core.evaluation.predictions import Predictions
+from core.evaluation.predictions import MAIN_FIGURE, Predictions, resampled_figure
 from core.models import Classifier, Segmenter
 from core.privacy import NOT_COVERED, DpSgd, PrivateSteps, assert_private
 from core.seeding import generator, seed
@@ -312,7 +312,9 @@ def predict(model: Classifier, splits: Mapping[str, SiteData], target: Target, d
 
 
 def validation_loss(model: Classifier, data: SiteData, config: RunConfig, device: torch.device) -> float:
-    """Mean loss over the labelled scans, their classes weighted as in training.
+    """What a round is chosen by, the smaller the better: mean loss over the labelled scans, classes weighted as in training.
+
+    With ``finetune.validate_by=figure`` it is 1 - AUC, or the error of a number; NaN where the scans show one class.
 
     Args:
         model: encoder and head.
@@ -321,6 +323,10 @@ def validation_loss(model: Classifier, data: SiteData, config: RunConfig, device
         device: where to compute.
     """
     target = config.finetune.target
-    values_NL = target.values(data.scans)
     (logits_NK,) = embed(model, data, device)
+    if config.finetune.validate_by == "figure":
+        predictions = Predictions.of(data, target, target.scores(logits_NK.double()).numpy(), "test")
+        figure = float(resampled_figure(predictions, sites={data.site}, num_resamples=0, seed=0)[0])
+        return 1.0 - figure if MAIN_FIGURE[target.kind][1] else figure
+    values_NL = target.values(data.scans)
     return float(target.loss(logits_NK, values_NL, class_weights(values_NL, config)).mean())

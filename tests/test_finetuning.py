@@ -293,6 +293,12 @@ def test_local_fine_tuning_gives_each_site_a_model_and_federated_one_to_all(
     assert {e.regime for e in alone.evaluations} == {"federated"}
 
 
+def test_a_round_may_be_chosen_by_auc(job: Callable[..., Job]) -> None:
+    chosen = job("finetune.stages=[full_finetuning]", "finetune.patience=3", "finetune.validate_by=figure")
+    losses = [line["validation_loss"] for line in tune(chosen).lines]
+    assert all(round(4 * loss, 6) == round(4 * loss) and 0 <= loss <= 1 for loss in losses)  # of 2 patients and 2 controls
+
+
 def test_pretraining_again_sees_every_training_scan_and_moves_the_encoder(job: Callable[..., Job], tmp_path: Path) -> None:
     again = job("num_rounds=1", "objective=ntxent", "finetune.stages=[linear_probe]", folder="again")
     encoder, begin = first_encoder(again), first_encoder(job("finetune.stages=[linear_probe]", folder="none"))

@@ -574,10 +574,11 @@ def resampled_figure(predictions: Predictions, *, sites: Collection[str], num_re
     [statistic] = [found.statistic for found in figures if (found.task, found.metric) == (predictions.target.task, metric)]
     subjects, subject_M = np.unique(rows.subject_M, return_inverse=True)
     random = np.random.default_rng(seed)
-    values = [statistic(np.ones((1, len(subject_M))))]
-    for _ in range(num_resamples):
-        count_S = np.bincount(random.integers(len(subjects), size=len(subjects)), minlength=len(subjects))
-        values.append(statistic(count_S[None, subject_M].astype(np.float64)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = [statistic(np.ones((1, len(subject_M))))]
+        for _ in range(num_resamples):
+            count_S = np.bincount(random.integers(len(subjects), size=len(subjects)), minlength=len(subjects))
+            values.append(statistic(count_S[None, subject_M].astype(np.float64)))
     return np.concatenate(values)
 
 
