@@ -252,15 +252,33 @@ def _training(about: Mapping[str, Any]) -> str:
     }.get(debias["name"], debias["name"])
     rows = [
         ("encoder", _words(about["encoder"])),
-        ("objective", _words(about["objective"])),
-        ("pretrained on", {"all": "all scans"}.get(config["data"].get("pretrain_on", ""), "scans of healthy controls")),
-        ("debiasing", what),
+        *([("began with", _begun(config["begun_with"]))] if "begun_with" in config else []),
+        *(
+            [
+                ("objective", _words(about["objective"])),
+                ("pretrained on", {"all": "all scans"}.get(config["data"].get("pretrain_on", ""), "scans of healthy controls")),
+                ("debiasing", what),
+            ]
+            if config["num_rounds"]
+            else []
+        ),
         ("directions erased", f"{about['erased_directions']['inputs']} of the inputs, {about['erased_directions']['h']} of h"),
         ("rounds of pretraining", f"{about['rounds']}, {config['local_steps']} steps of {config['batch_size']} scans each"),
         ("stage exported", f"{about['stage']}, round {about['round']}{', one site alone' if about['one_site_alone'] else ''}"),
         ("seed", str(config["seed"])),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)])
+
+
+def _begun(start: Mapping[str, Any]) -> str:
+    """How the encoder that training began with was pretrained."""
+    if start["objective"] is None:
+        return "an encoder of others, of which nothing is known here"
+    scans = {"all": "all scans"}.get(start["pretrain_on"], "scans of healthy controls")
+    return (
+        f"an encoder pretrained in another run: {_words(start['objective'])}, debiasing {start['debias']['name']}, "
+        f"{start['num_rounds']} rounds of {start['local_steps']} steps of {start['batch_size']} scans, on {scans}"
+    )
 
 
 def _words(settings: Mapping[str, Any]) -> str:

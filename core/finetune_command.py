@@ -264,7 +264,7 @@ def first_encoder(job: Job) -> State:
 
     told = _teller(job, "pretrain", config.num_rounds)
     ended = run_rounds("pretrain", state, train, num_rounds=config.num_rounds, file=_progress(job, "pretrain"), tell=told)
-    about = Checkpoint(ended.state, "pretrain", ended.round_number, describe(config))
+    about = Checkpoint(ended.state, "pretrain", ended.round_number, describe(config) | job.start.told())
     save_checkpoint(job.folder / "checkpoints", about, keep=1)
     return {name: value for name, value in ended.state.items() if name.startswith("encoder.")}
 
@@ -325,7 +325,7 @@ def finetune_stage(
         file=_progress(job, saved_as),
         tell=_teller(job, saved_as, config.finetune.num_rounds),
     )
-    about = Checkpoint(ended.state, saved_as, ended.round_number, describe(config))
+    about = Checkpoint(ended.state, saved_as, ended.round_number, describe(config) | job.start.told())
     save_checkpoint(job.folder / "checkpoints", about, keep=1, taken=True)
     return ended.state, ended.history
 

@@ -32,6 +32,17 @@ class Start:
     encoder: dict[str, Tensor]
     config: dict[str, Any] | None
 
+    def told(self) -> dict[str, Any]:
+        """What a checkpoint that began with it carries under ``begun_with``: how it was pretrained, as far as that is known."""
+        if not self.encoder:
+            return {}
+        if self.config is None:
+            return {"begun_with": {"objective": None}}
+        if self.config["num_rounds"] == 0 and "begun_with" in self.config:
+            return {"begun_with": self.config["begun_with"]}
+        kept = {key: self.config[key] for key in ("objective", "debias", "num_rounds", "local_steps", "batch_size", "seed")}
+        return {"begun_with": kept | {"pretrain_on": self.config["data"].get("pretrain_on", "controls")}}
+
 
 def read_start(path: Path, keys: Sequence[str] = ()) -> Start:
     """Read the encoder of a run's folder, of a checkpoint, of an export, or of any .safetensors.
