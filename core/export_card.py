@@ -258,12 +258,15 @@ def _training(about: Mapping[str, Any]) -> str:
                 ("objective", _words(about["objective"])),
                 ("pretrained on", {"all": "all scans"}.get(config["data"].get("pretrain_on", ""), "scans of healthy controls")),
                 ("debiasing", what),
+                (
+                    "rounds of pretraining",
+                    f"{about['rounds']}, {config['local_steps']} steps of {config['batch_size']} scans each",
+                ),
             ]
             if config["num_rounds"]
             else []
         ),
         ("directions erased", f"{about['erased_directions']['inputs']} of the inputs, {about['erased_directions']['h']} of h"),
-        ("rounds of pretraining", f"{about['rounds']}, {config['local_steps']} steps of {config['batch_size']} scans each"),
         ("stage exported", f"{about['stage']}, round {about['round']}{', one site alone' if about['one_site_alone'] else ''}"),
         ("seed", str(config["seed"])),
     ]
