@@ -64,7 +64,7 @@ UNIONS = frozenset({"data", "encoder", "views", "privacy"})
 
 def _kind(value: Any) -> Any:
     """The kind of data or views; images where it is not said."""
-    return value.get("kind", "images") if isinstance(value, Mapping) else value.kind
+    return value.get("kind", "images") if isinstance(value, Mapping) else getattr(value, "kind", None)
 
 
 Views = Annotated[Annotated[ViewPolicy, Tag("images")] | Annotated[RowViewPolicy, Tag("table")], Discriminator(_kind)]
@@ -351,7 +351,7 @@ class FinetuneConfig(Closed):
     label_fraction: Annotated[float, Field(gt=0, le=1)]
     patience: Count | None
     validate_by: Literal["loss", "figure"]
-    views: Views | None
+    views: Views | Literal["none"] | None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "FinetuneConfig":
@@ -484,7 +484,7 @@ class RunConfig(Closed):
             raise ValueError(
                 f"debias.warmup_rounds must be less than num_rounds, got {self.debias.warmup_rounds} and {self.num_rounds}"
             )
-        if self.finetune.views is not None and self.finetune.views.kind != self.data.inputs:
+        if isinstance(self.finetune.views, ViewPolicy | RowViewPolicy) and self.finetune.views.kind != self.data.inputs:
             raise ValueError(
                 f"finetune.views must be for {self.data.inputs}, as data are, got those for {self.finetune.views.kind}"
             )

@@ -13,6 +13,7 @@ from core.config import RunConfig
 from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
+from core.data.views import RowViewPolicy, ViewPolicy
 from core.evaluation.predictions import MAIN_FIGURE, Predictions, resampled_figure
 from core.models import Classifier, Segmenter
 from core.privacy import NOT_COVERED, DpSgd, PrivateSteps, assert_private
@@ -158,15 +159,21 @@ def finetuning_losses(
             logits_NK = model.head(h_NF[batch.first])
             yield {"supervised": target.loss(logits_NK, values_NL[batch.first], weights).mean()}
         return
-    views = chosen.views or config.views
+    views = finetuning_views(config)
     view_generator = generator(config.seed, "views", *purpose)
     ring = Ring()
     for batch, stored in read_ahead(batches, lambda batch: data.read(batch.first, device, ring), waited):
         inputs = data.on_device(stored, device)
-        viewed = views.draw(inputs.shape, view_generator).apply(inputs, model.encoder.input_scale)
+        viewed = inputs if views is None else views.draw(inputs.shape, view_generator).apply(inputs, model.encoder.input_scale)
         with mixed_precision(config, device):
             logits_NK = model(viewed)
         yield {"supervised": target.loss(logits_NK.float(), values_NL[batch.first], weights).mean()}
+
+
+def finetuning_views(config: RunConfig) -> ViewPolicy | RowViewPolicy | None:
+    """The views that an encoder is fine-tuned on; None: scans as they are."""
+    chosen = config.finetune.views
+    return None if chosen == "none" else chosen or config.views
 
 
 def class_weights(values_NL: Tensor, config: RunConfig) -> Tensor | None:
@@ -251,7 +258,7 @@ def take_private_steps(
     )
     only_head = len(trained_parts(model, stage, round_number, config)) == 1
     h_NF = frozen_representations(model.encoder, data, device) if only_head else None
-    views = config.finetune.views or config.views
+    views = finetuning_views(config)
 
     def loss(number: int, step: int) -> Tensor:
         rows = rows_of[subjects[number]]
@@ -261,7 +268,8 @@ def take_private_steps(
             inputs = data.inputs(rows, device)
             # A subject's view is its own, whoever else is drawn.
             random = generator(config.seed, "views", stage, data.site, round_number, step, number)
-            logits_NK = model(views.draw(inputs.shape, random).apply(inputs, model.encoder.input_scale))
+            viewed = inputs if views is None else views.draw(inputs.shape, random).apply(inputs, model.encoder.input_scale)
+            logits_NK = model(viewed)
         return target.loss(logits_NK, values_NL[rows]).mean()
 
     for step in range(config.finetune.local_steps):

@@ -22,7 +22,7 @@ from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
 from core.data.views import DrawnViews, ViewPolicy
 from core.evaluation.intervals import Evaluation, NotEvaluableError, subject_bootstrap
-from core.finetuning import parameter_groups, trained_parts
+from core.finetuning import finetuning_views, parameter_groups, trained_parts
 from core.models import Segmenter
 from core.privacy import DpSgd
 from core.seeding import generator, seed
@@ -112,8 +112,8 @@ def segmentation_losses(
         waited: gets the seconds spent waiting for data.
     """
     chosen, purpose = config.finetune, (stage, data.site, round_number)
-    views = chosen.views or config.views
-    assert isinstance(views, ViewPolicy)
+    views = finetuning_views(config)
+    assert isinstance(views, ViewPolicy | None)
     batches = subject_batches(
         data.scans,
         batch_size=chosen.batch_size,
@@ -126,8 +126,8 @@ def segmentation_losses(
     ring = Ring()
     for batch, stored in read_ahead(batches, lambda batch: data.read(batch.first, device, ring), waited):
         inputs = data.on_device(stored, device)
-        drawn = views.draw(inputs.shape, view_generator)
-        drawn = DrawnViews(tuple(piece for piece in drawn.pieces if not isinstance(piece, DrawnCutout)))
+        pieces = () if views is None else views.draw(inputs.shape, view_generator).pieces
+        drawn = DrawnViews(tuple(piece for piece in pieces if not isinstance(piece, DrawnCutout)))
         classes_NG = label_maps.of([data.scans[i] for i in batch.first]).to(device)
         viewed = drawn.apply(inputs, model.encoder.input_scale)
         with mixed_precision(config, device):

@@ -2,8 +2,12 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Read when the numerical libraries load: on shared cores their threads wait for each other, forty times as long as they compute.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import nibabel as nib
 import numpy as np
