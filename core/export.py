@@ -176,9 +176,6 @@ def export_run(run: Path, output: Path | None = None, *, stage: str | None = Non
     return target_folder
 
 
-# ---- reading
-
-
 def read(file: Path) -> Stored:
     """A checkpoint or an exported file, its weights checked to be finite.
 
@@ -294,9 +291,6 @@ def _checkpoint(run: Path, stage: str | None) -> Path:
     return max(found[wanted], key=lambda file: int(file.stem.rpartition("-")[2]))
 
 
-# ---- describing
-
-
 def describe(stored: Stored, encoder: Encoder, eraser: Eraser | None, config: Mapping[str, Any]) -> dict[str, Any]:
     """What is written beside the exported weights, ready for JSON."""
     data, rows = config["data"], isinstance(encoder, RowEncoder)
@@ -336,9 +330,6 @@ def example_shape(about: Mapping[str, Any]) -> tuple[int, ...]:
     return (about["num_inputs"], *(() if dims is None else about["input"].get("shape") or [28] * dims))
 
 
-# ---- TorchScript
-
-
 def torchscript(module: nn.Module, shape: tuple[int, ...]) -> bytes:
     """A module traced for batches of any size, as a file that `torch.jit.load` reads without our code.
 
@@ -364,7 +355,8 @@ def torchscript(module: nn.Module, shape: tuple[int, ...]) -> bytes:
             inputs = torch.rand(size, *shape, generator=generator)
             wanted = module(inputs)
             difference = float((loaded(inputs) - wanted).abs().max() / wanted.abs().max().clamp_min(1.0))
-            assert difference <= SAME_H, f"TorchScript and module differ by {difference} for {size} inputs."
+            if not difference <= SAME_H:
+                raise ExportError(f"export: TorchScript and the module must agree to {SAME_H:g}, they differ by {difference:g}.")
     return data
 
 

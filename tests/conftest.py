@@ -50,6 +50,33 @@ def write_tiny_site(root: Path, *, seed: int, healthy: int = 12, patients: int =
 
 
 @pytest.fixture
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of two strengths and of few trees, where it matters what is told of them and not how sharply they see."""
+    from core.evaluation import probes
+
+    monkeypatch.setattr(probes, "LOGISTIC_C", (1e-2, 1.0))
+    monkeypatch.setitem(probes.BOOSTING, "max_iter", 10)
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals and tests of 100 draws instead of a thousand and more, where nobody says how many."""
+    from core.evaluation import command, outcomes, probes
+
+    for function in (command.evaluate_and_print, outcomes.compare_outcomes, probes.evaluate, probes.chance_and_floor):
+        monkeypatch.setitem(function.__kwdefaults__, "num_resamples", 100)
+    monkeypatch.setitem(outcomes.paired_difference.__kwdefaults__, "num_permutations", 100)
+
+
+@pytest.fixture
+def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that share scans collect them and leave it at that."""
+    monkeypatch.setattr("server.evaluation.evaluate", lambda *_, **__: ([], []))
+    monkeypatch.setattr("server.evaluation.chance_and_floor", lambda *_, **__: ([], []))
+    monkeypatch.setattr("server.app.write_report", lambda *_: None)
+
+
+@pytest.fixture
 def write_site() -> Callable[..., None]:
     """The function that writes a tiny hospital."""
     return write_tiny_site

@@ -108,6 +108,7 @@ def assert_like_the_run(data: SitesData, folder: Path) -> None:
         assert ours.h_NF == pytest.approx(theirs.h_NF, abs=1e-5)
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_fedavg_is_the_real_apps_on_volumes(consortium: Path, federate: Callable[..., Path]) -> None:
     overrides = "debias=none simulation.share_per_scan=true data.unseen_sites=[a]"
     folder = federate(consortium, overrides)
@@ -124,6 +125,7 @@ def run_apps(folder: Path, overrides: str) -> Path:
     return folder / "run"
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_fedavg_is_the_real_apps_on_a_table(tmp_path: Path, table: str) -> None:
     folder = run_apps(tmp_path, table)
     data = opened(table)
@@ -132,6 +134,7 @@ def test_fedavg_is_the_real_apps_on_a_table(tmp_path: Path, table: str) -> None:
     assert_like_the_run(data, folder)
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_the_encoder_of_a_run_that_erases_its_inputs_can_be_compared(tmp_path: Path, table: str) -> None:
     folder = run_apps(tmp_path, f"{table} debias=erasure")
     state = load_file(max((folder / "checkpoints").glob("pretrain-*.safetensors")))

@@ -286,6 +286,7 @@ def test_neighbours_and_boosting_see_a_site_that_a_linear_probe_cannot():
         assert found["site", metric].value > 0.97
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_nothing_depends_on_the_scale_of_h():
     plain = cohort(age_by_site=5)
     leaking = replace(plain, h_NF=plain.h_NF + (plain.site == "B")[:, None] * np.float32(0.6))
@@ -298,6 +299,7 @@ def test_nothing_depends_on_the_scale_of_h():
         assert mine.value == pytest.approx(theirs.value, abs=1e-4)
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_evaluate_is_deterministic_and_says_what_is_missing():
     embeddings = cohort(subjects=60)
     assert probes.evaluate(embeddings, num_resamples=30, **RUN) == probes.evaluate(embeddings, num_resamples=30, **RUN)
@@ -309,6 +311,7 @@ def test_evaluate_is_deterministic_and_says_what_is_missing():
     assert any(note.startswith("Not evaluated: diagnosis:") for note in notes)
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_constant_representation_is_at_chance_for_everything():
     flat = cohort(np.ones((180, 4)))
     found = by_name(probes.evaluate(flat, num_resamples=30, **RUN)[0])
@@ -330,6 +333,7 @@ def test_folds_and_probes_keep_subjects_whole():
     assert np.unique(np.stack([fold_N, plain.site == "B"]), axis=1, return_counts=True)[1].tolist() == [20] * 10
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_patients_take_no_part_in_site_and_age():
     """Only patients leak their site and lose their age: healthy subjects must not show it."""
     plain = cohort(patients_at=("A", "B", "C"), subjects=60)
@@ -348,6 +352,7 @@ def test_patients_take_no_part_in_site_and_age():
     assert any("no scan has a diagnosis" in note for note in notes)
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_small_sites_are_named_and_left_out():
     embeddings = cohort(sites=("A", "B", "Tiny"), patients_at=())
     keep = (embeddings.site != "Tiny") | (embeddings.subject < 4)
@@ -409,6 +414,7 @@ def test_age_that_is_in_h_is_read_and_errors_are_counted_by_site():
         probes.age_error(replace(plain, age_years=np.full(len(plain), np.nan)), **RUN)
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_unseen_sites_are_scored_by_a_probe_that_never_met_them():
     """At site C the age in h is off by 10 years; a probe fitted at A and B must be wrong by just that."""
     plain = cohort(subjects=60, patients_at=())

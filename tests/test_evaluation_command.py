@@ -55,6 +55,7 @@ def run_folder(folder: Path, **offsets: float) -> None:
         Embeddings(h_NF=shifted.astype(np.float32), **common).save(folder / f"embeddings-{stage}.npz")
 
 
+@pytest.mark.usefixtures("quick_probes", "few_resamples")
 def test_somebody_elses_arrays_are_evaluated_compared_and_written(tmp_path: Path) -> None:
     write_folder(tmp_path / "mine", rows_of(subjects=40))
     arguments = ["evaluate", str(tmp_path / "mine"), "--output", str(tmp_path / "out"), "--official", "--seed", "3"]
@@ -87,6 +88,7 @@ def test_somebody_elses_arrays_are_evaluated_compared_and_written(tmp_path: Path
     assert (tmp_path / "again" / "metrics.json").read_bytes() == (tmp_path / "out" / "metrics.json").read_bytes()
 
 
+@pytest.mark.usefixtures("quick_probes", "few_resamples")
 def test_stages_of_a_run_stand_in_the_order_in_which_they_are_made(tmp_path: Path) -> None:
     run_folder(tmp_path / "run", erased=0.0, untrained=3.0, pretrained=2.0)
     done = RUNNER.invoke(app, ["evaluate", str(tmp_path / "run")])
@@ -97,6 +99,7 @@ def test_stages_of_a_run_stand_in_the_order_in_which_they_are_made(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+@pytest.mark.usefixtures("quick_probes", "few_resamples")
 def test_runs_are_compared_by_what_they_deliver(tmp_path: Path) -> None:
     run_folder(tmp_path / "one", pretrained=2.0, erased=0.0)
     run_folder(tmp_path / "two", untrained=4.0, pretrained=3.0)
@@ -119,6 +122,7 @@ def refusal(*arguments: object) -> str:
     return line[0]
 
 
+@pytest.mark.usefixtures("quick_probes", "few_resamples")
 def test_what_cannot_be_evaluated_is_refused_in_one_line(tmp_path: Path) -> None:
     run_folder(tmp_path / "run", pretrained=0.0)
     write_folder(tmp_path / "mine", rows_of())

@@ -69,6 +69,7 @@ def test_an_eraser_that_met_the_train_scans_blinds_their_probes_and_not_the_held
     assert found["site", "balanced_accuracy_knn_heldout"] > 0.9
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_held_out_probes_never_see_the_train_scans() -> None:
     plain = shifted(cohort(), 0.3)
     garbled = replace(plain, h_NF=np.where((plain.split == "train")[:, None], -7 * plain.h_NF[::-1], plain.h_NF))
@@ -78,6 +79,7 @@ def test_held_out_probes_never_see_the_train_scans() -> None:
     assert one["site", "balanced_accuracy"] != other["site", "balanced_accuracy"]
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_sites_with_few_held_out_subjects_are_named() -> None:
     embeddings = cohort(num_sites=3)
     keep = (embeddings.site != "C") | (embeddings.subject < 8)
@@ -164,6 +166,7 @@ def test_explained_variance_is_zero_on_noise_and_the_planted_share_otherwise() -
     assert mean_over_seeds("explained_variance", "age", 0.5) == pytest.approx(0, abs=0.01)
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_explained_variance_leaves_to_age_what_is_of_age() -> None:
     """Sites of different ages, h of age alone: site explains nothing beyond age."""
     plain = cohort(num_sites=3, subjects=100)
@@ -204,6 +207,7 @@ def test_mixing_is_one_of_random_on_noise_and_nothing_when_sites_lie_apart() -> 
     assert effective_N.tolist() == [2, 2, 1, 1, 1, 1, 1]
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_silhouette_tells_sites_and_ages_that_lie_apart() -> None:
     found = values(probes.evaluate(shifted(cohort(), 30.0), **RUN)[0])
     assert found["site", "silhouette"] > 0.8
@@ -213,6 +217,7 @@ def test_silhouette_tells_sites_and_ages_that_lie_apart() -> None:
     assert values(probes.evaluate(aged, **RUN)[0])["age", "silhouette"] > 0.3
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_what_cannot_be_measured_is_noted() -> None:
     plain = cohort()
     _, notes = probes.probe_outcomes(replace(plain, h_NF=np.ones_like(plain.h_NF)), seed=0)
@@ -296,6 +301,7 @@ def test_a_difference_needs_the_same_scans_and_figure() -> None:
         paired_difference(plain, plain, num_permutations=0)
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_two_representations_are_compared_figure_by_figure() -> None:
     """The second has more of site and less of age; what is of all rows at once has an interval and no p."""
     plain = cohort(subjects=60)
@@ -335,6 +341,7 @@ def test_ranks_keep_the_area_under_the_curve() -> None:
 
 @pytest.mark.skipif(not GOLDEN.is_file(), reason=WHY_NOT)
 @pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.usefixtures("quick_probes")
 def test_openbhb_figures_equal_those_of_the_challenge(number: int) -> None:
     case = json.loads(GOLDEN.read_text())["cases"][number]
     with np.load(GOLDEN.with_suffix(".npz")) as archive:
@@ -390,6 +397,7 @@ def test_openbhb_says_what_scikit_learn_warned_of_and_what_is_missing() -> None:
 # words
 
 
+@pytest.mark.usefixtures("quick_probes")
 def test_the_verdict_names_the_probes_above_their_own_floor() -> None:
     embeddings = shifted(cohort(), 1.0)
     found, _ = probes.evaluate(embeddings, **RUN)

@@ -73,14 +73,6 @@ def write_table(path: Path, sizes: dict[str, int] | None = None) -> Path:
 
 
 @pytest.fixture
-def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that share scans collect them and leave it at that."""
-    monkeypatch.setattr("server.evaluation.evaluate", lambda *_, **__: ([], []))
-    monkeypatch.setattr("server.evaluation.chance_and_floor", lambda *_, **__: ([], []))
-    monkeypatch.setattr("server.app.write_report", lambda *_: None)
-
-
-@pytest.fixture
 def federate(tmp_path: Path) -> Federate:
     """Run the real apps over the table, in this process; the run's folder."""
     table = write_table(tmp_path / "table.csv")
@@ -298,7 +290,7 @@ def test_fine_tuned_classifiers_are_scored_from_histograms(federate: Federate) -
         assert accuracy == pytest.approx(exact[stage, "diagnosis", "balanced_accuracy", "all"], abs=1e-12)
 
 
-@pytest.mark.usefixtures("unprobed")
+@pytest.mark.usefixtures("unprobed", "quick_probes", "few_resamples")
 def test_what_crossed_the_wire_and_who_had_which_role_are_written(federate: Federate) -> None:
     folder = federate("simulation.min_group=4 simulation.diagonal_subjects=10", "evaluation=per_scan", name="run")
     traffic = json.loads((folder / "traffic.json").read_text())

@@ -1,6 +1,9 @@
 """The comparison study: what it measures, that it resumes, what it calls dominated."""
 
 import json
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from core.evaluation.embeddings import Embeddings
+from simulations import site_removal
 from simulations.site_removal import AGE, FLOOR, HELD_OUT, KNN, LABELS, SITE, Study, Summary, app, dominated, verdicts
 
 TINY = [
@@ -49,8 +53,20 @@ def study(tmp_path: Path, *options: str) -> str:
     return done.output
 
 
+class InThisProcess(Executor):
+    """Stands for a pool of processes, each of which would load everything anew."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def submit(self, work: Callable[..., None], *arguments: object) -> Future[None]:  # type: ignore[override]
+        future: Future[None] = Future()
+        future.set_result(work(*arguments))
+        return future
+
+
 @pytest.mark.slow
-def test_a_study_measures_writes_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("quick_probes", "few_resamples")
+def test_a_study_measures_writes_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = study(tmp_path, "--method", "erasure", "--method", "combat_h")
     folder = tmp_path / "study"
     about = json.loads((folder / "study.json").read_text())
@@ -72,6 +88,10 @@ def test_a_study_measures_writes_and_resumes(tmp_path: Path) -> None:
     assert len(tables) == 3
     for table in tables:  # the same subjects in the same order
         assert all(np.array_equal(getattr(table, name), getattr(tables[0], name)) for name in ("subject", "site", "split"))
+    # The pool of processes has been seen to work.
+    monkeypatch.setattr(site_removal, "ProcessPoolExecutor", InThisProcess)
+    for name in ("flwr", "isocenter"):
+        monkeypatch.setattr(logging.getLogger(name), "setLevel", lambda _: None)
     stamp = (folder / "results" / "fedavg-seed0.json").stat().st_mtime_ns
     study(tmp_path, "--method", "erasure", "--method", "raw")
     assert (folder / "results" / "fedavg-seed0.json").stat().st_mtime_ns == stamp

@@ -488,6 +488,7 @@ def test_how_many_directions_of_h_are_erased(
     assert ("hits" in json.loads((folder / "traffic.json").read_text())) == asked
 
 
+@pytest.mark.usefixtures("quick_probes", "few_resamples")
 def test_a_federated_run_on_a_table(tmp_path: Path, federate_table: Callable[..., Path]) -> None:
     table = write_consortium(tmp_path / "t.csv")
     folder = federate_table(table, "simulation.share_per_scan=true data.unseen_sites=[b] data.fractions=[0.6,0,0.4]", name="roi")
