@@ -114,7 +114,10 @@ def test_erasure_takes_the_planted_directions_and_keeps_age(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.4])
-def test_probes_of_held_out_subjects_are_at_the_floor_but_for_what_no_projection_removes(spread: float) -> None:
+def test_probes_of_held_out_subjects_are_at_the_floor_but_for_what_no_projection_removes(
+    spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.evaluation.probes.LOGISTIC_C", (1e-2, 1.0))  # two strengths of five: a third of the time
     consortium = draw_consortium(Plan(share=0.2, scale_spread=spread), seed=0)
     eraser = fitted_eraser(consortium.rows(), consortium.embeddings(consortium.rows()), MomentPolicy())
     raw, erased, floor = site_probes(consortium, eraser).values()
@@ -212,6 +215,7 @@ def test_the_counterfactual_share_is_what_the_consortium_shows(scanner_sd: float
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_probes")
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("ISOCENTER_CACHE", str(tmp_path / "cache"))
     for name, value in {

@@ -58,7 +58,7 @@ class InThisProcess(Executor):
 
     def __init__(self, *_: object) -> None: ...
 
-    def submit(self, work: Callable[..., None], *arguments: object) -> Future[None]:  # type: ignore[override]
+    def submit(self, work: Callable[..., None], *arguments: object) -> Future[None]:
         future: Future[None] = Future()
         future.set_result(work(*arguments))
         return future
