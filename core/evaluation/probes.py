@@ -12,8 +12,8 @@ Shapes: N scans, F features, K classes, A regularisation strengths. Everything i
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from scipy.stats import rankdata
@@ -23,6 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, NotEvaluableError
@@ -63,7 +64,19 @@ RIDGE_ALPHAS = tuple(10.0**exponent for exponent in range(-2, 5))
 NUM_FOLDS = 5
 NUM_NEIGHBORS = 10
 MAX_BOOSTED_COMPONENTS = 50
+Given, Told = ParamSpec("Given"), TypeVar("Told")
 BOOSTING = {"max_iter": 50, "learning_rate": 0.1, "max_leaf_nodes": 8, "min_samples_leaf": 5, "max_bins": 31}
+
+
+def one_thread(function: Callable[Given, Told]) -> Callable[Given, Told]:
+    """Keep BLAS and OpenMP to one thread: small fits lose many times over, waiting for each other, what threads gain in them."""
+
+    @wraps(function)
+    def limited(*args: Given.args, **kwargs: Given.kwargs) -> Told:
+        with threadpool_limits(limits=1):
+            return function(*args, **kwargs)
+
+    return limited
 
 
 def evaluate(
@@ -100,6 +113,7 @@ def evaluate(
     return ledger.add(found).results
 
 
+@one_thread
 def probe_outcomes(
     embeddings: Embeddings, *, seed: int, known_sites: Collection[str] | None = None, official: bool = False
 ) -> tuple[list[Outcome], list[str]]:
@@ -135,6 +149,7 @@ def probe_outcomes(
     return _all_that_apply(tasks, notes), list(dict.fromkeys(notes.texts))
 
 
+@one_thread
 def chance_and_floor(embeddings: Embeddings, *, regime: str, seed: int, num_resamples: int = 1000) -> Results:
     """What site predictability is compared with: chance, and what age and sex alone give away.
 
