@@ -64,7 +64,8 @@ RIDGE_ALPHAS = tuple(10.0**exponent for exponent in range(-2, 5))
 NUM_FOLDS = 5
 NUM_NEIGHBORS = 10
 MAX_BOOSTED_COMPONENTS = 50
-Given, Told = ParamSpec("Given"), TypeVar("Told")
+Given = ParamSpec("Given")
+Told = TypeVar("Told")
 BOOSTING = {"max_iter": 50, "learning_rate": 0.1, "max_leaf_nodes": 8, "min_samples_leaf": 5, "max_bins": 31}
 
 
