@@ -99,7 +99,8 @@ def test_the_tour_and_plain_flower(tmp_path: Path) -> None:
     printed = execute(block("tour"), tmp_path)
     assert "finished in" in printed
     assert (tmp_path / "runs" / "tiny" / "report.html").is_file()
-    assert (tmp_path / "runs" / "tiny-2" / "report.html").is_file()
+    assert (tmp_path / "runs" / "tiny-finetuned" / "report.html").is_file()
+    assert (tmp_path / "runs" / "tiny" / "export" / "encoder.safetensors").is_file()
     execute(block("flower"), tmp_path)
     assert (tmp_path / "runs" / "plain" / "report.html").is_file()
 
