@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from core.config import RunConfig
 from core.data.feed import Ring, Waited, read_ahead
-from core.data.sampling import SamplingPolicy, subject_batches
+from core.data.sampling import DrawnBatch, SamplingPolicy, subject_batches
 from core.data.site import SiteData
 from core.data.views import RowViewPolicy, ViewPolicy
 from core.evaluation.predictions import MAIN_FIGURE, Predictions, resampled_figure
@@ -132,6 +132,17 @@ def frozen_representations(encoder: nn.Module, data: SiteData, device: torch.dev
     return _representations[key].to(device)
 
 
+def batches_of_round(data: SiteData, config: RunConfig, stage: StageName, round_number: int) -> Iterator[DrawnBatch]:
+    """The batches of a round of a stage at a site, one scan a subject."""
+    return subject_batches(
+        data.scans,
+        batch_size=config.finetune.batch_size,
+        num_batches=config.finetune.local_steps,
+        policy=SamplingPolicy(),
+        generator=generator(config.seed, "batches", stage, data.site, round_number),
+    )
+
+
 def finetuning_losses(
     model: Classifier,
     data: SiteData,
@@ -142,15 +153,8 @@ def finetuning_losses(
     waited: Waited,
 ) -> Iterator[dict[str, Tensor]]:
     """The target's loss in each local step of a round; a frozen encoder sees the scans as they are, one that is trained views."""
-    chosen, target = config.finetune, config.finetune.target
-    purpose = (stage, data.site, round_number)
-    batches = subject_batches(
-        data.scans,
-        batch_size=chosen.batch_size,
-        num_batches=chosen.local_steps,
-        policy=SamplingPolicy(),
-        generator=generator(config.seed, "batches", *purpose),
-    )
+    target = config.finetune.target
+    batches = batches_of_round(data, config, stage, round_number)
     values_NL = target.values(data.scans).to(device)
     weights = class_weights(values_NL, config)
     if len(trained_parts(model, stage, round_number, config)) == 1:
@@ -160,7 +164,7 @@ def finetuning_losses(
             yield {"supervised": target.loss(logits_NK, values_NL[batch.first], weights).mean()}
         return
     views = finetuning_views(config)
-    view_generator = generator(config.seed, "views", *purpose)
+    view_generator = generator(config.seed, "views", stage, data.site, round_number)
     ring = Ring()
     for batch, stored in read_ahead(batches, lambda batch: data.read(batch.first, device, ring), waited):
         inputs = data.on_device(stored, device)

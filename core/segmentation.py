@@ -18,11 +18,10 @@ from core.config import RunConfig
 from core.data.augment import DrawnCutout, DrawnWarp
 from core.data.feed import Ring, Waited, read_ahead
 from core.data.label_maps import LabelMaps
-from core.data.sampling import SamplingPolicy, subject_batches
 from core.data.site import SiteData
 from core.data.views import DrawnViews, ViewPolicy
 from core.evaluation.intervals import Evaluation, NotEvaluableError, subject_bootstrap
-from core.finetuning import finetuning_views, parameter_groups, trained_parts
+from core.finetuning import batches_of_round, finetuning_views, parameter_groups, trained_parts
 from core.models import Segmenter
 from core.privacy import DpSgd
 from core.seeding import generator, seed
@@ -111,17 +110,10 @@ def segmentation_losses(
         device: where to compute.
         waited: gets the seconds spent waiting for data.
     """
-    chosen, purpose = config.finetune, (stage, data.site, round_number)
     views = finetuning_views(config)
     assert isinstance(views, ViewPolicy | None)
-    batches = subject_batches(
-        data.scans,
-        batch_size=chosen.batch_size,
-        num_batches=chosen.local_steps,
-        policy=SamplingPolicy(),
-        generator=generator(config.seed, "batches", *purpose),
-    )
-    view_generator = generator(config.seed, "views", *purpose)
+    batches = batches_of_round(data, config, stage, round_number)
+    view_generator = generator(config.seed, "views", stage, data.site, round_number)
     encoder_learns = len(trained_parts(model, stage, round_number, config)) > 1
     ring = Ring()
     for batch, stored in read_ahead(batches, lambda batch: data.read(batch.first, device, ring), waited):

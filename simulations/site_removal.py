@@ -12,17 +12,13 @@ import contextlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import shlex
 import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,13 +29,14 @@ from scipy import stats
 
 from core.checkpoint import load_checkpoint, write_atomically
 from core.cli import Overrides, checked
-from core.config import RunConfig, describe, load_config, quoted
+from core.config import RunConfig, load_config, quoted
 from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.outcomes import Outcome, compare_outcomes
 from core.evaluation.probes import chance_and_floor, evaluate, probe_outcomes
 from simulations.baselines import SitesData, open_sites, run_baseline
 from simulations.methods import Trained
+from simulations.study import Step, settings_of, side_by_side
 
 OURS: Mapping[str, str] = {
     "fairkl": "debias=fairkl_only",
@@ -116,15 +113,6 @@ class Job:
         """Whether these figures are there, of the same settings."""
         path = self.result(method)
         return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == self.settings(method)
-
-
-@lru_cache(maxsize=1024)
-def settings_of(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """What overrides set, as JSON brings it back; where the data are is part of it."""
-    config = load_config(overrides)
-    places = {place: str(path) for place, path in config.data.places.items()}
-    settings: dict[str, Any] = json.loads(json.dumps({**describe(config), "places": places}))
-    return settings
 
 
 def carry_out(job: Job) -> None:
@@ -468,34 +456,17 @@ def main(
 
 
 def measure(jobs: Sequence[Job], workers: int) -> None:
-    """Carry out the jobs side by side, with progress; stop at the first that fails, with its reason."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Carry out the jobs side by side."""
 
-    wanted = [(job, method) for job in jobs for method in (FLOOR, *job.methods)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        task = bar.add_task("methods x seeds", total=len(wanted))
-        futures: list[Future[None]] = [pool.submit(carry_out, job) for job in jobs]
-        seen: set[tuple[int, str]] = set()
-        while True:
-            done = all(future.done() for future in futures)
-            for job, method in wanted:
-                if (job.seed, method) not in seen and job.finished(method):
-                    seen.add((job.seed, method))
-                    seconds = json.loads(job.result(method).read_text(encoding="utf-8"))["seconds"]
-                    bar.console.print(f"seed {job.seed}: {LABELS[method]} ({seconds:.0f} s)")
-            bar.update(task, completed=len(seen))
-            failed = [future for future in futures if future.done() and future.exception() is not None]
-            if failed:
-                pool.shutdown(wait=False, cancel_futures=True)
-                reason = failed[0].exception()
-                if isinstance(reason, BrokenProcessPool):
-                    reason = RuntimeError("a worker was killed, perhaps for want of memory; fewer --workers need less")
-                typer.echo(f"site_removal: {reason}\nFinished figures are kept; the same command goes on from them.", err=True)
-                raise typer.Exit(1)
-            if done:
-                return
-            time.sleep(0.5)
+    def step(job: Job, method: str) -> Step:
+        def told() -> str:
+            seconds = json.loads(job.result(method).read_text(encoding="utf-8"))["seconds"]
+            return f"seed {job.seed}: {LABELS[method]} ({seconds:.0f} s)"
+
+        return Step(lambda: job.finished(method), told)
+
+    steps = [step(job, method) for job in jobs for method in (FLOOR, *job.methods)]
+    side_by_side("site_removal", "methods x seeds", carry_out, jobs, steps, workers)
 
 
 if __name__ == "__main__":

@@ -12,17 +12,13 @@ import contextlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,11 +29,12 @@ from numpy.typing import NDArray
 
 from core.checkpoint import write_atomically
 from core.cli import Overrides, checked, decode_first
-from core.config import RunConfig, describe, load_config, quoted
+from core.config import RunConfig, load_config, quoted
 from core.data.site import default_cache_root
 from core.evaluation.predictions import MAIN_FIGURE, Predictions, evaluate_predictions, resampled_figure
 from core.finetune_command import Job, held_out_scans, open_job, prepared, tune
 from core.finetuning import training_scans
+from simulations.study import Step, settings_of, side_by_side
 
 STARTS: Mapping[str, str] = {
     "scratch": "",
@@ -163,15 +160,6 @@ class Part:
         """Whether these figures are there, of the same settings."""
         path = self.result(point)
         return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == self.settings(point)
-
-
-@lru_cache(maxsize=4096)
-def settings_of(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """What overrides set, as JSON brings it back; where the data are is part of it."""
-    config = load_config(overrides)
-    places = {place: str(path) for place, path in config.data.places.items()}
-    settings: dict[str, Any] = json.loads(json.dumps({**describe(config), "places": places}))
-    return settings
 
 
 def pretraining_settings(overrides: tuple[str, ...]) -> dict[str, Any]:
@@ -626,35 +614,18 @@ def seconds_of(parts: Sequence[Part]) -> float:
 
 
 def measure(parts: Sequence[Part], workers: int) -> None:
-    """Carry out the parts side by side, with progress; stop at the first that fails, with its reason."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Carry out the parts side by side."""
 
-    wanted = [(part, point) for part in parts for point in part.own_points]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        task = bar.add_task("starts x conditions x seeds", total=len(wanted))
-        futures: list[Future[None]] = [pool.submit(carry_out, part) for part in parts]
-        seen: set[tuple[str, Point]] = set()
-        while True:
-            done = all(future.done() for future in futures)
-            for part, point in wanted:
-                if (part.name, point) not in seen and part.finished(point):
-                    seen.add((part.name, point))
-                    about = json.loads(part.result(point).read_text(encoding="utf-8"))
-                    private = "" if point.epsilon is None else f", epsilon {point.epsilon:g}"
-                    bar.console.print(f"{part.name}, {about['labels']} labels{private} ({about['seconds']:.0f} s)")
-            bar.update(task, completed=len(seen))
-            failed = [future for future in futures if future.done() and future.exception() is not None]
-            if failed:
-                pool.shutdown(wait=False, cancel_futures=True)
-                reason = failed[0].exception()
-                if isinstance(reason, BrokenProcessPool):
-                    reason = RuntimeError("a worker was killed, perhaps for want of memory; fewer --workers need less")
-                typer.echo(f"transfer: {reason}\nFinished figures are kept; the same command goes on from them.", err=True)
-                raise typer.Exit(1)
-            if done:
-                return
-            time.sleep(0.5)
+    def step(part: Part, point: Point) -> Step:
+        def told() -> str:
+            about = json.loads(part.result(point).read_text(encoding="utf-8"))
+            private = "" if point.epsilon is None else f", epsilon {point.epsilon:g}"
+            return f"{part.name}, {about['labels']} labels{private} ({about['seconds']:.0f} s)"
+
+        return Step(lambda: part.finished(point), told)
+
+    steps = [step(part, point) for part in parts for point in part.own_points]
+    side_by_side("transfer", "starts x conditions x seeds", carry_out, parts, steps, workers)
 
 
 if __name__ == "__main__":

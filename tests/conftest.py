@@ -1,6 +1,7 @@
 """Tiny hospitals on disk, and the real apps run over them inside this process."""
 
 import gzip
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -64,7 +65,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     from core.evaluation import command, outcomes, probes
 
     for function in (command.evaluate_and_print, outcomes.compare_outcomes, probes.evaluate, probes.chance_and_floor):
-        monkeypatch.setitem(function.__kwdefaults__, "num_resamples", 100)
+        monkeypatch.setitem(inspect.unwrap(function).__kwdefaults__, "num_resamples", 100)
     monkeypatch.setitem(outcomes.paired_difference.__kwdefaults__, "num_permutations", 100)
 
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from core.evaluation.embeddings import Embeddings
-from simulations import site_removal
+from simulations import study as studies
 from simulations.site_removal import AGE, FLOOR, HELD_OUT, KNN, LABELS, SITE, Study, Summary, app, dominated, verdicts
 
 TINY = [
@@ -89,7 +89,7 @@ def test_a_study_measures_writes_and_resumes(tmp_path: Path, monkeypatch: pytest
     for table in tables:  # the same subjects in the same order
         assert all(np.array_equal(getattr(table, name), getattr(tables[0], name)) for name in ("subject", "site", "split"))
     # The pool of processes has been seen to work.
-    monkeypatch.setattr(site_removal, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(studies, "ProcessPoolExecutor", InThisProcess)
     for name in ("flwr", "isocenter"):
         monkeypatch.setattr(logging.getLogger(name), "setLevel", lambda _: None)
     stamp = (folder / "results" / "fedavg-seed0.json").stat().st_mtime_ns
