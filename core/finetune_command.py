@@ -7,7 +7,7 @@ averaged, or each site trains a model of its own.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -259,7 +259,9 @@ def first_encoder(job: Job) -> State:
         for site in job.targets:
             load_strictly(model, weights)
             data = pretraining_scans(job.held[site].splits["train"], config)
-            results[site] = kept(pretrain(model.to(job.device), data, config, round_number=round_number, device=job.device))
+            result = kept(pretrain(model.to(job.device), data, config, round_number=round_number, device=job.device))
+            # What no one trains is no average.
+            results[site] = replace(result, state=split_constants(result.state)[0])
         return results
 
     told = _teller(job, "pretrain", config.num_rounds)
@@ -381,6 +383,9 @@ def claim_folder(job: Job) -> bool:
         before = json.loads(path.read_text(encoding="utf-8"))
         if before == about:
             return True
+        if [other.name for other in job.folder.iterdir()] == [ABOUT]:  # nothing was made of it
+            write_atomically(path, (json.dumps(about, indent=1) + "\n").encode())
+            return False
         changed = ", ".join(key for key in about if before.get(key) != about[key])
         raise FinetuneError(
             f"finetune: the folder {job.folder.name} holds a fine-tuning of another {changed}. Nothing was changed; choose "

@@ -272,6 +272,9 @@ def test_a_folder_of_another_fine_tuning_is_left_as_it_is(job: Callable[..., Job
     with pytest.raises(FinetuneError, match="holds other files"):
         tune(job(stage, folder="other"))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "tuned").rglob("*")}
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "finetune.json").write_text("{}")  # of one that had nothing to show for itself
+    tune(job(stage, folder="begun"))
     tune(job(stage))  # the same again: finished rounds stay as they are
     assert json.loads((tmp_path / "tuned" / "finetune.json").read_text())["version"]
 
