@@ -359,7 +359,7 @@ def _cohort_digest(held: Mapping[str, Holdings]) -> str:
 def _start_digest(start: Start) -> str:
     digest = hashlib.sha256()
     for name in sorted(start.encoder):
-        digest.update(name.encode() + start.encoder[name].contiguous().numpy().tobytes())
+        digest.update(name.encode() + start.encoder[name].double().numpy().tobytes())
     return digest.hexdigest()
 
 
