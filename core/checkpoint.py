@@ -35,11 +35,11 @@ class Checkpoint:
     config: dict[str, Any]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves either the old one or the new one."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file so that a crash leaves either the old one or the new one; ``mode`` is who may read it, less the umask."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -50,8 +50,7 @@ def pseudonym_key(folder: Path) -> bytes:
     """The secret that a folder's pseudonyms are made with: drawn once, kept in ``pseudonyms.key``, for its owner's eyes alone."""
     path = folder / "pseudonyms.key"
     if not path.is_file():
-        write_atomically(path, secrets.token_hex(32).encode())
-        path.chmod(0o600)
+        write_atomically(path, secrets.token_hex(32).encode(), 0o600)
     return bytes.fromhex(path.read_text(encoding="ascii"))
 
 

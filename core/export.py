@@ -29,8 +29,8 @@ from core.models import Encoder, EncoderChoice, RowEncoder, Standardise
 FORMAT = 1
 """Of checkpoints and exports; one without a number is of this format."""
 ENCODERS = {choice.name: choice for choice in get_args(EncoderChoice)}
-PRETRAINED = ("pretrain", "start")
-"""Stages that end with what pretraining delivers; an eraser belongs to these."""
+PRETRAINED = "pretrain"
+"""The stage of pretraining; an eraser belongs to it."""
 WEIGHTS, MODULE, CONFIG, CARD, BUNDLE = "encoder.safetensors", "encoder.pt", "config.json", "README.md", "bundle"
 SAME_H = 1e-6
 """Largest difference of h between the module and its TorchScript, in units of the largest h."""
@@ -260,7 +260,7 @@ def eraser_of(stored: Stored) -> Eraser | None:
     """
     parts = stored.part("eraser")
     beside = stored.file.with_name(f"eraser-{stored.about['round']:04d}.safetensors")
-    if not parts and stored.about["stage"] in PRETRAINED and stored.file.name.startswith(PRETRAINED) and beside.is_file():
+    if not parts and stored.about["stage"] == PRETRAINED and stored.file.name.startswith(PRETRAINED) and beside.is_file():
         parts = read(beside).state
     return Eraser(**parts) if parts else None
 
@@ -273,7 +273,7 @@ def _last_pretrained(path: Path) -> Path:
 
 
 def _checkpoint(run: Path, stage: str | None) -> Path:
-    """The last checkpoint of a stage of a run; of pretraining, or of what stands in its place, where no stage is named."""
+    """The last checkpoint of a stage of a run; of pretraining where no stage is named."""
     found: dict[str, list[Path]] = {}
     for file in sorted((run / "checkpoints").glob("*.safetensors")):
         if match := re.fullmatch(r"(.+)-\d{4,}\.safetensors", file.name):
@@ -282,7 +282,7 @@ def _checkpoint(run: Path, stage: str | None) -> Path:
     if not found:
         what = "a folder without checkpoints" if run.is_dir() else "another file" if run.exists() else "nothing"
         raise ExportError(f"{run.name or run}: it must be the folder of a run, got {what}. Name the folder that has its report.")
-    wanted = next((name for name in PRETRAINED if name in found), "pretrain") if stage is None else stage
+    wanted = stage or PRETRAINED
     if wanted not in found:
         raise ExportError(
             f"{run.name or run}: the stage must be one that the run has made, {sorted(found)}, got {wanted!r}. Name one "

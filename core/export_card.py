@@ -309,7 +309,7 @@ def site_table(run: Path) -> str:
 
 def figure_table(run: Path, about: Mapping[str, Any]) -> str:
     """Figures of what is exported over all sites, beside floor and chance; why there are none."""
-    delivered = {"pretrain": "pretrained", "start": "pretrained"}.get(about["stage"], about["stage"])
+    delivered = {"pretrain": "pretrained"}.get(about["stage"], about["stage"])
     if about["erased_directions"]["h"]:
         delivered = "erased"
     if not (run / "metrics.json").is_file():

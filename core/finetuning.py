@@ -1,6 +1,7 @@
 """Encoder and head on labelled scans: what each stage trains, which scans it sees, its steps, its loss on held-out subjects."""
 
 import hashlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from core.config import RunConfig
 from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import DrawnBatch, SamplingPolicy, subject_batches
-from core.data.site import SiteData
+from core.data.site import SiteData, Store
 from core.data.views import RowViewPolicy, ViewPolicy
 from core.evaluation.predictions import MAIN_FIGURE, Predictions, resampled_figure
 from core.models import Classifier, Segmenter
@@ -23,6 +24,8 @@ from core.targets import Target, TargetError
 from core.training import TrainResult, embed, learning_rate, mixed_precision, take_steps
 
 KEPT_REPRESENTATIONS = 4
+
+log = logging.getLogger("isocenter")
 
 
 def labelled(data: SiteData, target: Target) -> SiteData:
@@ -116,7 +119,7 @@ def parameter_groups(parts: list[nn.Module], stage: StageName, round_number: int
     ]
 
 
-_representations: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+_representations: OrderedDict[tuple[object, ...], tuple[Store, Tensor]] = OrderedDict()
 
 
 def frozen_representations(encoder: nn.Module, data: SiteData, device: torch.device) -> Tensor:
@@ -126,10 +129,11 @@ def frozen_representations(encoder: nn.Module, data: SiteData, device: torch.dev
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     key = (digest.hexdigest(), data.site, data.positions, id(data.store), str(device))
     if key not in _representations:
-        _representations[key] = embed(encoder, data, device)[0]
+        # The store is held, so that its id is no other's.
+        _representations[key] = (data.store, embed(encoder, data, device)[0])
         while len(_representations) > KEPT_REPRESENTATIONS:
             _representations.popitem(last=False)
-    return _representations[key].to(device)
+    return _representations[key][1].to(device)
 
 
 def batches_of_round(data: SiteData, config: RunConfig, stage: StageName, round_number: int) -> Iterator[DrawnBatch]:
@@ -220,8 +224,8 @@ def finetune(
     else:
         losses = finetuning_losses(model, data, config, stage, round_number, device, waited)
         metrics = take_steps(losses, optimiser, f"site {data.site}, {stage}, round {round_number}")
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
-    state = {name: value.detach() for name, value in model.named_parameters() if id(value) in trained}
+    names = trained_names(model, stage, round_number, config)
+    state = {name: value.detach() for name, value in model.named_parameters() if name in names}
     if isinstance(config.privacy, DpSgd):
         # A subject's number of scans, and the time it took, would tell that it was there; the number of subjects is known.
         return TrainResult(state, len({scan.subject for scan in data.scans}), metrics, 0.0, 0.0, guarantee)
@@ -278,6 +282,10 @@ def take_private_steps(
 
     for step in range(config.finetune.local_steps):
         steps.step(loss(number, step) for number in steps.draw())
+    if steps.num_not_finite:
+        log.warning(
+            "site %s: the gradients of %d subjects drawn were not finite and added nothing", data.site, steps.num_not_finite
+        )
     # Accounting takes seconds: it is done when a stage ends.
     return steps.guarantee.describe(steps.steps_taken) if round_number == config.finetune.num_rounds else {}
 
@@ -302,6 +310,8 @@ def privacy_notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{site}: fine-tuning is ({about['epsilon']:.2f}, {about['delta']:g})-differentially private for a subject with "
                 f"all scans, present or missing (zero-out adjacency; PRV accountant; unit: subject): {how}."
             )
+    if all(about.get("epsilon") is None for about in told.values()):
+        return notes
     exchanged = (
         "A subject exchanged for another moves a step by up to twice as much, and the same noise guarantees less: what is an "
         "epsilon of 8 at a delta of 1e-4 is between 9 and 19 then."

@@ -117,9 +117,7 @@ def _file(path: Path) -> Path:
     exported = path / "encoder.safetensors"
     if exported.is_file():
         return exported
-    found = sorted((path / "checkpoints").glob("pretrain-*.safetensors")) or sorted(
-        (path / "checkpoints").glob("start-*.safetensors")
-    )
+    found = sorted((path / "checkpoints").glob("pretrain-*.safetensors"))
     if not found:
         raise StartError(
             f"start: {path.name} must hold checkpoints/pretrain-*.safetensors or encoder.safetensors, it has neither. "

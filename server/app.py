@@ -103,7 +103,8 @@ def carry_out(grid: Grid, context: Context) -> None:
 
     how, notes = choose_evaluation(nodes, evaluated, config)
     results.add(([], notes))
-    stages: Stages = {"untrained": (untrained, None), "pretrained": (pretrained, None)}
+    stages: Stages = {"untrained": (untrained, None)} if config.num_rounds else {}
+    stages["pretrained"] = (pretrained, None)
     if eraser is not None:
         stages["erased"] = (pretrained, eraser)
     maps: dict[str, Embeddings] = {}
