@@ -55,7 +55,7 @@ from core.exchange import (
     unpack_reference,
     unpack_state,
 )
-from core.finetuning import finetune, labelled, num_classes, predict, training_scans, validation_loss
+from core.finetuning import averaged_logits, finetune, labelled, num_classes, predict, training_scans, validation_loss
 from core.models import CONSTANTS, Classifier, Pretrainer, Standardise, build_classifier, build_pretrainer, num_erased
 from core.moments import GroupMoments, Reference, feature_sums, groups_of, site_moments, told_subjects
 from core.privacy import harden
@@ -468,7 +468,7 @@ def query_predict(work: Work) -> RecordDict:
     held_out = {split: splits[split] for split in ("val", "test")}
     if work.received.config_records["config"]["unseen"] is True:
         held_out = {"test": join_splits([splits[split] for split in SPLITS])}
-    found = predict(received_classifier(work), held_out, work.config.finetune.target, work.site.device)
+    found = predict(received_classifier(work), held_out, work.config, work.site.device)
     return content(predictions=pack_predictions(found))
 
 
@@ -579,7 +579,7 @@ def query_scores(work: Work) -> RecordDict:
     """Histograms of a classifier's scores of the site's test subjects, as far as the site's policy allows."""
     target = work.config.finetune.target
     data = labelled(work.held.splits["test"], target).first_scans()
-    (logits_NK,) = embed(received_classifier(work), data, work.site.device)
+    logits_NK = averaged_logits(received_classifier(work), data, work.config, work.site.device)
     class_N = target.values(data.scans)[:, 0].long()
-    counts = told_scores(target.scores(logits_NK.double())[:, 0], class_N, work.site.moments)
+    counts = told_scores(target.scores(logits_NK)[:, 0], class_N, work.site.moments)
     return content(**{"probes-diagnosis": pack_message(counts)})

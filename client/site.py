@@ -90,7 +90,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
         policy = {field: int(str(node_config[key])) for key, field in POLICY_KEYS.items() if key in node_config}
         return Site(
             name=str(node_config["site"]),
-            source=read_as(config.data, node_config).at_site(str(node_config["site"])).source(cache_root, places),
+            source=read_as(config.data, node_config).source_at(str(node_config["site"]), cache_root, places),
             device=device,
             threads=int(str(node_config["threads"])) if "threads" in node_config else None,
             max_unusable=float(str(node_config.get("max-unusable", MAX_UNUSABLE))),
@@ -113,7 +113,7 @@ def this_site(node_config: Mapping[str, object], config: RunConfig) -> Site:
         )
     return Site(
         name=names[partition],
-        source=config.data.at_site(names[partition]).source(default_cache_root(), config.data.places),
+        source=config.data.source_at(names[partition], default_cache_root(), config.data.places),
         device=device,
         threads=None,
         max_unusable=config.data.max_unusable,

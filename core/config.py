@@ -37,7 +37,7 @@ from core.data.label_maps import LabelChoice
 from core.data.manifest import MAX_UNUSABLE, SITE_NAME
 from core.data.medmnist import MedMnistSource
 from core.data.sampling import SamplingPolicy
-from core.data.site import ImageSource, Source
+from core.data.site import EitherSource, ImageSource, Source
 from core.data.table import Columns, TableSource
 from core.data.views import RowViewPolicy, ViewPolicy
 from core.data.volumes import VolumeSettings
@@ -140,12 +140,12 @@ class DataConfig(Closed, ABC):
             first = error.errors()[0]
             raise ConfigError(f"reading: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
 
-    def at_site(self, site: str) -> Self:
-        """The same for one site: who is known not to be a target site need not have the columns that fine-tuning learns."""
-        columns = getattr(self, "columns", None)
-        if self.inputs == "table" or columns is None or self.target_sites is None or site in self.target_sites:
-            return self
-        return self.model_copy(update={"columns": replace(columns, targets=())})
+    def source_at(self, site: str, cache_root: Path, places: Mapping[str, Path | None]) -> Source:
+        """Where one site's scans are read from; who is known not to be a target site need not have the columns of targets."""
+        source, columns = self.source(cache_root, places), getattr(self, "columns", None)
+        if self.inputs == "table" or not (columns and columns.targets) or self.target_sites is None or site in self.target_sites:
+            return source
+        return EitherSource(source, self.model_copy(update={"columns": replace(columns, targets=())}).source(cache_root, places))
 
     @property
     def places(self) -> dict[str, Path | None]:
@@ -352,11 +352,17 @@ class FinetuneConfig(Closed):
     patience: Count | None
     validate_by: Literal["loss", "figure"]
     views: Views | Literal["none"] | None
+    test_time_views: Annotated[int, Field(ge=0, le=100)]
 
     @model_validator(mode="after")
     def _fits_together(self) -> "FinetuneConfig":
         if len(set(self.stages)) < len(self.stages):
             raise ValueError(f"stages must be different ones, got {list(self.stages)}")
+        if self.test_time_views and (self.views == "none" or self.label_maps is not None):
+            raise ValueError(
+                f"test_time_views must be 0 with views=none and with label_maps, got {self.test_time_views}; they are drawn as "
+                "the views of training are, and label maps would have to be moved back"
+            )
         if self.stages and not self.num_rounds:
             raise ValueError("num_rounds must be at least 1 when there are stages, got 0")
         thaws = any(STAGES[stage].thaws for stage in self.stages)

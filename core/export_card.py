@@ -331,6 +331,8 @@ def figure_table(run: Path, about: Mapping[str, Any]) -> str:
         f"Stage {delivered}, as the run evaluated it, on held-out subjects; intervals by resampling them. Site and scanner "
         "should be near their floor. mae is in years; names of metrics are those of metrics.json."
     )
+    if views := (about["config"].get("finetune") or {}).get("test_time_views"):
+        note += f" Scores of the head are means over a scan and {views} random views of it; this model tells of the scan alone."
     return "\n".join([*head, *rows]) + f"\n\n{note}"
 
 

@@ -25,7 +25,16 @@ from core.data.label_maps import LabelMaps, read_label_maps
 from core.data.site import SiteData, default_cache_root, join_splits
 from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.predictions import Predictions, evaluate_predictions
-from core.finetuning import finetune, labelled, num_classes, predict, privacy_notes, training_scans, validation_loss
+from core.finetuning import (
+    finetune,
+    labelled,
+    num_classes,
+    predict,
+    prediction_notes,
+    privacy_notes,
+    training_scans,
+    validation_loss,
+)
 from core.models import (
     Classifier,
     Pretrainer,
@@ -153,7 +162,7 @@ def open_job(config: RunConfig, start: Start, folder: Path, device: torch.device
     data = config.data
     held = {
         site: open_holdings(
-            site, data.at_site(site).source(default_cache_root(), data.places), data.max_unusable, data.split_seed, data.fractions
+            site, data.source_at(site, default_cache_root(), data.places), data.max_unusable, data.split_seed, data.fractions
         )
         for site in sorted(source.sites())
     }
@@ -420,7 +429,7 @@ class Tuned:
 
 def tune(job: Job) -> Tuned:
     """Fine-tune in every stage, keep checkpoints, and score on held-out scans; what an earlier call began is gone on with."""
-    config, target = job.config, job.config.finetune.target
+    config = job.config
     begun(job)  # what cannot begin claims no folder
     if claim_folder(job):
         job.say(f"going on in {job.folder}")
@@ -443,7 +452,7 @@ def tune(job: Job) -> Tuned:
                     shown = example(segmenter, splits["test"], maps, job.device)
                     examples += [shown] if shown is not None else []
                 else:
-                    parts.append(predict(job.classifier(state), splits, target, job.device))
+                    parts.append(predict(job.classifier(state), splits, config, job.device))
         regime, known = "local-only" if alone else "federated", set(job.targets)
         if job.label_maps:
             told = DiceScores.concatenate(scores)
@@ -456,7 +465,7 @@ def tune(job: Job) -> Tuned:
             )
         tuned.evaluations.extend(found)
         tuned.notes.extend(note for note in more if note not in tuned.notes)
-    tuned.notes.extend(privacy_notes(tuned.lines))
+    tuned.notes.extend(prediction_notes(config) + privacy_notes(tuned.lines))
     return tuned
 
 

@@ -319,18 +319,46 @@ def privacy_notes(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*notes, exchanged, f"Not covered by it: {'; '.join(NOT_COVERED)}."]
 
 
-def predict(model: Classifier, splits: Mapping[str, SiteData], target: Target, device: torch.device) -> Predictions:
-    """What the model tells of the labelled scans of some splits of a site, each scan as it is.
+def predict(model: Classifier, splits: Mapping[str, SiteData], config: RunConfig, device: torch.device) -> Predictions:
+    """What the model tells of the labelled scans of some splits of a site.
 
     Raises:
         TargetError: as `labelled`.
     """
+    target = config.finetune.target
     parts = []
     for split, whole in splits.items():
         data = labelled(whole, target)
-        (logits_NK,) = embed(model, data, device)
-        parts.append(Predictions.of(data, target, target.scores(logits_NK.double()).numpy(), split))
+        scores_NK = target.scores(averaged_logits(model, data, config, device))
+        parts.append(Predictions.of(data, target, scores_NK.numpy(), split))
     return Predictions.concatenate(parts)
+
+
+def averaged_logits(model: Classifier, data: SiteData, config: RunConfig, device: torch.device) -> Tensor:
+    """Outputs of the head for each scan, (N, K) float64: the mean over the scan as it is and its test-time views.
+
+    A scan's views are drawn for it alone: its outputs do not depend on which scans are there beside it.
+    """
+    views, (logits_NK,) = finetuning_views(config), embed(model, data, device)
+    total_NK = logits_NK.double()
+    for turn in range(config.finetune.test_time_views):
+
+        def viewed(number: int, scan: Tensor, turn: int = turn) -> Tensor:
+            assert views is not None  # which the configuration has checked
+            about = data.scans[number]
+            random = generator(config.seed, "test-time views", data.site, about.subject, about.session, about.path.name, turn)
+            return views.draw(scan.shape, random).apply(scan, model.encoder.input_scale)
+
+        total_NK += embed(model, data, device, view=viewed)[0].double()
+    return total_NK / (1 + config.finetune.test_time_views)
+
+
+def prediction_notes(config: RunConfig) -> list[str]:
+    """How scores of held-out scans came about, where it is not by the scan alone."""
+    number = config.finetune.test_time_views
+    if number == 0 or not config.finetune.stages:
+        return []
+    return [f"A score is the mean over a scan and {number} random views of it; an exported model tells of the scan alone."]
 
 
 def validation_loss(model: Classifier, data: SiteData, config: RunConfig, device: torch.device) -> float:

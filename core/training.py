@@ -5,7 +5,7 @@ Shape legend: N scans in a batch, R = 2 N rows (first views, then second views),
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -192,12 +192,30 @@ def pretrain(
 
 
 @torch.no_grad()
-def embed(model: nn.Module, data: SiteData, device: torch.device, *, batch_size: int = 32) -> tuple[Tensor, ...]:
-    """Outputs of the model in evaluation mode for each scan as it is, without views, on the CPU; one tensor an output."""
+def embed(
+    model: nn.Module,
+    data: SiteData,
+    device: torch.device,
+    *,
+    batch_size: int = 32,
+    view: Callable[[int, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """Outputs of the model in evaluation mode for each scan as it is, without views, on the CPU; one tensor an output.
+
+    Args:
+        model: gives a tensor, or several.
+        data: the scans.
+        device: where to compute.
+        batch_size: scans at once.
+        view: of a scan by its number, (1, C, *grid) or (1, I), to be used instead of it.
+    """
     model.eval()
     outputs: list[tuple[Tensor, ...]] = []
     for start in range(0, max(1, len(data)), batch_size):
-        inputs = data.inputs(range(start, min(start + batch_size, len(data))), device)
+        numbers = range(start, min(start + batch_size, len(data)))
+        inputs = data.inputs(numbers, device)
+        if view is not None and len(numbers):
+            inputs = torch.cat([view(number, one) for number, one in zip(numbers, inputs.chunk(len(inputs)), strict=True)])
         # Not every net takes a batch of none: one blank scan tells the widths of the outputs.
         result = model(inputs if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:]))
         rows = result if isinstance(result, tuple) else (result,)

@@ -20,7 +20,7 @@ from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.predictions import Predictions
 from core.evaluation.reading import ROLES
 from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack, unpack
-from core.finetuning import privacy_notes, trained_names
+from core.finetuning import prediction_notes, privacy_notes, trained_names
 from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, split_constants
 from core.moments import Reference
 from core.report import RunRecord, write_report
@@ -442,7 +442,7 @@ def finish(
     rounds_file = folder / "rounds.jsonl"
     lines = rounds_file.read_text(encoding="utf-8").splitlines() if rounds_file.exists() else []
     told = [json.loads(line) for line in lines]
-    results.notes += privacy_notes(told)
+    results.notes += prediction_notes(config) + privacy_notes(told)
     table = [
         {
             "name": node.site,

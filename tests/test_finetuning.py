@@ -17,13 +17,23 @@ from core.config import ConfigError, RunConfig, load_config, quoted
 from core.data.holdings import open_holdings
 from core.data.site import SiteData, default_cache_root
 from core.finetune_command import FinetuneError, Job, first_encoder, open_job, prepared, tune
-from core.finetuning import finetune, labelled, parameter_groups, trained_parts, training_scans
+from core.finetuning import (
+    averaged_logits,
+    finetune,
+    finetuning_views,
+    labelled,
+    parameter_groups,
+    prediction_notes,
+    trained_parts,
+    training_scans,
+)
 from core.models import build_classifier
 from core.rounds import average, run_rounds
+from core.seeding import generator
 from core.stages import StageName
 from core.starts import RANDOM, StartError, load_start, read_start
 from core.targets import TargetError
-from core.training import NotFiniteError, TrainResult
+from core.training import NotFiniteError, TrainResult, embed
 
 CPU = torch.device("cpu")
 BASE = "experiment=tiny data=folder finetune.num_rounds=3 finetune.local_steps=2 finetune.batch_size=8"
@@ -300,6 +310,34 @@ def test_a_round_may_be_chosen_by_auc(job: Callable[..., Job]) -> None:
     chosen = job("finetune.stages=[full_finetuning]", "finetune.patience=3", "finetune.validate_by=figure")
     losses = [line["validation_loss"] for line in tune(chosen).lines]
     assert all(round(4 * loss, 6) == round(4 * loss) and 0 <= loss <= 1 for loss in losses)  # of 2 patients and 2 controls
+
+
+def test_scores_are_means_over_views_that_belong_to_the_scan_alone(site: Callable[..., tuple[SiteData, RunConfig]]) -> None:
+    data, config = site("finetune.test_time_views=3", "views.rotation_degrees=20")
+    torch.manual_seed(0)
+    model = build_classifier(config.encoder, 1, 0, num_inputs=1).eval()
+    found_NK = averaged_logits(model, data, config, CPU)
+    about, views, image = data.scans[5], finetuning_views(config), data.inputs([5], CPU)
+    assert views is not None
+    with torch.no_grad():
+        each = [model(image)]
+        for turn in range(3):
+            random = generator(config.seed, "test-time views", "c", about.subject, about.session, about.path.name, turn)
+            each.append(model(views.draw(image.shape, random).apply(image, model.encoder.input_scale)))
+    assert len({float(one) for one in each}) == 4
+    torch.testing.assert_close(found_NK[5, 0], torch.stack(each).double().mean(), rtol=1e-5, atol=1e-6)
+    alone_NK = averaged_logits(model, data.select(lambda scan: scan.subject == about.subject), config, CPU)
+    torch.testing.assert_close(found_NK[5:6], alone_NK, rtol=1e-5, atol=1e-6)
+    plain = config.model_copy(update={"finetune": config.finetune.model_copy(update={"test_time_views": 0})})
+    torch.testing.assert_close(averaged_logits(model, data, plain, CPU), embed(model, data, CPU)[0].double(), rtol=0, atol=0)
+    assert prediction_notes(plain) == []
+    assert "3 random views" in prediction_notes(config)[0]
+
+
+@pytest.mark.parametrize("overrides", ["finetune.views=none", "finetune.label_maps={suffix:_seg,codes:[[1]],names:[x]}"])
+def test_test_time_views_need_views_and_no_label_maps(overrides: str) -> None:
+    with pytest.raises(ConfigError, match="test_time_views must be 0"):
+        load_config(["experiment=tiny", "finetune.test_time_views=2", overrides])
 
 
 def test_pretraining_again_sees_every_training_scan_and_moves_the_encoder(job: Callable[..., Job], tmp_path: Path) -> None:

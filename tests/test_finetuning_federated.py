@@ -35,7 +35,10 @@ def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_through_flower_and_on_one_machine_it_is_the_same(federate: Federate, targets: Path, tmp_path: Path) -> None:
-    stages = "finetune.stages=[linear_probe,full_finetuning] finetune.num_rounds=2 data.target_sites=[c,d] debias=none"
+    stages = (
+        "finetune.stages=[linear_probe,full_finetuning] finetune.num_rounds=2 finetune.test_time_views=2 "
+        "data.target_sites=[c,d] debias=none"
+    )
     run = federate(targets, f"finetune=both num_rounds=1 warmup_rounds=0 {stages} {SHARED}", name="whole")
     overrides = ["experiment=tiny", "data=folder", f"data.root={quoted(str(targets))}", *stages.split(), *SHARED.split()]
     config, start = prepared(run, overrides)
@@ -78,10 +81,14 @@ def test_a_score_is_learnt_at_the_sites_that_have_it_and_elsewhere_it_need_not_b
     table = targets / "a" / "participants.tsv"
     table.write_text("".join("\t".join(line.split("\t")[:-1]) + "\n" for line in table.read_text().splitlines()))
     target = "finetune.target.kind=regression finetune.target.labels=[score] finetune.target.offset=120 finetune.target.scale=20"
-    stages = "finetune.stages=[linear_probe] data.columns.targets=[score] data.target_sites=[c,d] debias=none"
-    run = federate(targets, f"finetune=both num_rounds=1 warmup_rounds=0 {target} {stages} {SHARED}", name="score")
-    figures = {(e["task"], e["metric"]): e["value"] for e in json.loads((run / "metrics.json").read_text()) if e["site"] == "all"}
-    assert 0 < figures["score", "mae"] < 100
+    stages = "finetune.stages=[linear_probe] data.columns.targets=[score] data.target_sites=[c] debias=none"
+    unseen = "data.unseen_sites=[b]"
+    run = federate(targets, f"finetune=both num_rounds=1 warmup_rounds=0 {target} {stages} {unseen} {SHARED}", name="score")
+    figures = {(e["task"], e["metric"], e["site"]): e["value"] for e in json.loads((run / "metrics.json").read_text())}
+    assert 0 < figures["score", "mae", "all"] < 100
+    # Sites that take no part in it are scored where they have the column.
+    assert {site for task, metric, site in figures if (task, metric) == ("score", "mae_unseen")} >= {"b", "d"}
+    assert not any(task == "score" and site == "a" for task, _, site in figures)
     sums = f"finetune=both num_rounds=1 warmup_rounds=0 {target} {stages} evaluation=sums"
     report = federate(targets, sums, name="sums") / "report.html"
     assert "score is regression" in report.read_text()

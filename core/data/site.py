@@ -15,7 +15,7 @@ from core.data.bids import list_sites, read_site
 from core.data.cache import VolumeCache, mask_digest, open_cache
 from core.data.feed import Ring
 from core.data.files import Layout, detect_layout, list_file_sites, read_files
-from core.data.labels import Columns
+from core.data.labels import Columns, LabelError
 from core.data.manifest import Manifest, Scan
 from core.data.openbhb import list_openbhb_sites, read_openbhb
 from core.data.volumes import VolumeSettings
@@ -63,6 +63,25 @@ class Source(Protocol):
 
     def open(self, site: str) -> tuple[Manifest, Store]:
         """The scans of one site, and their inputs in the same order."""
+
+
+@dataclass(frozen=True)
+class EitherSource:
+    """A source, or another where tables lack a column that the first asks for; both hold the same sites and scans."""
+
+    source: Source
+    otherwise: Source
+
+    def sites(self) -> tuple[str, ...]:
+        """Names of the sites, always in the same order."""
+        return self.source.sites()
+
+    def open(self, site: str) -> tuple[Manifest, Store]:
+        """The scans of one site, and their inputs in the same order."""
+        try:
+            return self.source.open(site)
+        except LabelError:
+            return self.otherwise.open(site)
 
 
 @dataclass(frozen=True)
