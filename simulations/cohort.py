@@ -29,10 +29,11 @@ from scipy.spatial.transform import Rotation
 
 from core.data.augment import DrawnBiasField, DrawnBlur, DrawnGamma, magnitude, unit_log_field
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FIELD_OF_VIEW_MM = (184.0, 216.0, 176.0)
 WHITE_MATTER_STORED = 500.0  # stored intensity of white matter at gain 1
 SECOND_SESSION_YEARS = (0.8, 1.6)
+ATROPHY_YEARS = (10.0, 30.0)
 
 AIR, BONE, CSF, MUSCLE, GREY, FAT, WHITE = 0.0, 0.10, 0.22, 0.42, 0.68, 0.88, 1.0
 THALAMUS, STRIATUM, CEREBELLUM, BRAINSTEM = 0.84, 0.74, 0.76, 0.92
@@ -94,7 +95,7 @@ class Site:
         name: Folder of its BIDS data set.
         scanners: At least one.
         num_healthy: Controls.
-        num_patients: Subjects with a lesion.
+        num_patients: Subjects with the disease.
         age_range_years: Ages are uniform between these.
         repeat_fraction: Share of each group with a second session.
     """
@@ -122,9 +123,9 @@ class Lesion:
 class Anatomy:
     """The ground truth of one subject at one age.
 
-    `aspect` stretches the head along right, anterior and superior; `ventricle_asymmetry` is the relative excess of the
-    right ventricle's radius, `hippocampus_asymmetry` that of the right hippocampus; `folding` shifts the phases of the
-    waves that fold the cortex.
+    `atrophy_years` is by how much the tissue of a patient is older than the subject. `aspect` stretches the head along right,
+    anterior and superior; `ventricle_asymmetry` is the relative excess of the right ventricle's radius, `hippocampus_asymmetry`
+    that of the right hippocampus; `folding` shifts the phases of the waves that fold the cortex.
     """
 
     age_years: float
@@ -134,6 +135,7 @@ class Anatomy:
     cortical_thickness_mm: float
     sulcal_width_mm: float
     lesion: Lesion | None
+    atrophy_years: float
     aspect: Triple
     ventricle_asymmetry: float
     hippocampus_asymmetry: float
@@ -251,26 +253,35 @@ def _typical_sulcal_width_mm(age_years: float) -> float:
 
 
 def draw_anatomy(rng: np.random.Generator, age_years: float, sex: Sex, patient: bool) -> Anatomy:
-    """Draws a subject: typical values for the age and sex times individual variation; patients get a lesion."""
+    """Draws a subject: typical values for the age and sex times individual variation.
+
+    A patient has a lesion, and tissue as of somebody older.
+    """
     head_scale = (1.03 if sex == "M" else 0.97) * math.exp(rng.normal(0, 0.028))
     side = rng.choice((-1.0, 1.0))
     lesion_offset_mm = rng.normal(0, 2.5, 3)
     lesion_volume_ml = math.exp(rng.uniform(math.log(0.8), math.log(12.0)))
     lesion_centre_mm = _triple(np.array(_HIPPOCAMPUS) * (side, 1, 1) + lesion_offset_mm)
-    return Anatomy(
+    healthy = Anatomy(
         age_years=age_years,
         sex=sex,
         head_scale=head_scale,
         ventricle_volume_ml=_typical_ventricle_volume_ml(age_years) * math.exp(rng.normal(0, 0.2)),
         cortical_thickness_mm=_typical_cortical_thickness_mm(age_years) * math.exp(rng.normal(0, 0.04)),
         sulcal_width_mm=_typical_sulcal_width_mm(age_years) * math.exp(rng.normal(0, 0.15)),
-        lesion=Lesion(centre_mm=lesion_centre_mm, volume_ml=lesion_volume_ml) if patient else None,
+        lesion=None,
+        atrophy_years=0.0,
         aspect=_triple(np.exp(rng.normal(0, 0.02, 3))),
         ventricle_asymmetry=rng.normal(0, 0.05),
         hippocampus_asymmetry=rng.normal(0, 0.06),
         scalp_thickness_mm=rng.uniform(3.0, 6.5),
         folding=tuple(rng.normal(0, 0.3, _NUM_FOLDS)),
     )
+    if not patient:
+        return healthy
+    atrophy_years = rng.uniform(*ATROPHY_YEARS)
+    lesion = Lesion(centre_mm=lesion_centre_mm, volume_ml=lesion_volume_ml)
+    return replace(age_by(healthy, atrophy_years), age_years=age_years, lesion=lesion, atrophy_years=atrophy_years)
 
 
 def age_by(anatomy: Anatomy, years: float) -> Anatomy:
@@ -823,6 +834,7 @@ def _write_subject(root: Path, seed: int, subject: _Subject) -> list[dict[str, s
                 "ventricle_volume_ml": f"{anatomy.ventricle_volume_ml:.3f}",
                 "cortical_thickness_mm": f"{anatomy.cortical_thickness_mm:.3f}",
                 "lesion_volume_ml": f"{anatomy.lesion.volume_ml if anatomy.lesion else 0:.3f}",
+                "atrophy_years": f"{anatomy.atrophy_years:.1f}",
             }
         )
     if len(rows) > 1:
@@ -850,7 +862,7 @@ def _write_site(folder: Path, truth: list[dict[str, str]]) -> None:
 _PARTICIPANT_COLUMNS = {
     "age": {"Description": "Age at the first session", "Units": "year"},
     "sex": {"Description": "Sex", "Levels": {"F": "female", "M": "male"}},
-    "diagnosis": {"Description": "Diagnosis", "Levels": {"control": "healthy", "patient": "one temporal lesion"}},
+    "diagnosis": {"Description": "Diagnosis", "Levels": {"control": "healthy", "patient": "atrophy and one temporal lesion"}},
     "scanner": {"Description": "Name of the scanner of all sessions"},
 }
 

@@ -110,9 +110,18 @@ def test_every_row_of_the_truth_has_its_scan_and_no_scan_is_without_one(tiny: Pa
     assert description["num_files"] == len(contents(tiny))
 
 
-def test_only_patients_have_a_lesion(tiny: Path):
+def test_only_patients_have_a_lesion_and_atrophy(tiny: Path):
     for row in read_table(tiny / "truth.tsv"):
         assert (float(row["lesion_volume_ml"]) > 0) == (row["diagnosis"] == "patient")
+        assert (10 <= float(row["atrophy_years"]) <= 30) == (row["diagnosis"] == "patient")
+
+
+def test_the_tissue_of_a_patient_is_that_of_the_same_subject_grown_older():
+    healthy, ill = subject(patient=False), subject(patient=True)
+    older = age_by(healthy, ill.atrophy_years)
+    assert ill == replace(older, age_years=50.0, lesion=ill.lesion, atrophy_years=ill.atrophy_years)
+    assert ill.ventricle_volume_ml > 1.2 * healthy.ventricle_volume_ml
+    assert ill.cortical_thickness_mm < healthy.cortical_thickness_mm
 
 
 def test_scans_are_stored_as_their_scanner_stores(tiny: Path):
