@@ -92,6 +92,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(state, about["stage"], about["round"], about["config"])
 
 
+def last_checkpoints(run: Path) -> dict[str, Path]:
+    """The last checkpoint of each stage in a run's folder; none where it holds none."""
+    found: dict[str, Path] = {}
+    for file in (run / "checkpoints").glob("*.safetensors"):
+        stage, _, number = file.stem.rpartition("-")
+        if number.isdecimal() and (stage not in found or int(number) > int(found[stage].stem.rpartition("-")[2])):
+            found[stage] = file
+    return found
+
+
 def load_strictly(model: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load every weight or stop: a name missing or left over is an error."""
     model.load_state_dict(dict(state), strict=True)

@@ -643,6 +643,11 @@ def _load(parts: tuple[str, ...]) -> RunConfig:
         where = ".".join(loc) or "overrides"
         given = f", got {first['input']!r}" if not isinstance(first["input"], Mapping) else ""
         if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            if loc[:-1] and "name" in (chosen := _at(plain, ".".join(loc[:-1]))):
+                raise ConfigError(
+                    f"config: {where} is no setting of the chosen {loc[-2]}, {chosen['name']!r}; leave it out, with '~{where}' "
+                    "if a preset has set it."
+                ) from None
             near = difflib.get_close_matches(where, _keys(compose_plain(())), n=3, cutoff=0.4)
             raise ConfigError(f"config: {where} is no known key; nearest: {', '.join(near) or 'none'}.") from None
         what = first["msg"].removeprefix("Value error, ").rstrip(".")

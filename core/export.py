@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 import warnings
 import zipfile
@@ -23,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from core import __version__
+from core.checkpoint import last_checkpoints
 from core.erasure import Eraser
 from core.models import Encoder, EncoderChoice, RowEncoder, Standardise
 
@@ -274,10 +274,7 @@ def _last_pretrained(path: Path) -> Path:
 
 def _checkpoint(run: Path, stage: str | None) -> Path:
     """The last checkpoint of a stage of a run; of pretraining where no stage is named."""
-    found: dict[str, list[Path]] = {}
-    for file in sorted((run / "checkpoints").glob("*.safetensors")):
-        if match := re.fullmatch(r"(.+)-\d{4,}\.safetensors", file.name):
-            found.setdefault(match[1], []).append(file)
+    found = last_checkpoints(run)
     found.pop("eraser", None)
     if not found:
         what = "a folder without checkpoints" if run.is_dir() else "another file" if run.exists() else "nothing"
@@ -288,7 +285,7 @@ def _checkpoint(run: Path, stage: str | None) -> Path:
             f"{run.name or run}: the stage must be one that the run has made, {sorted(found)}, got {wanted!r}. Name one "
             "with --stage."
         )
-    return max(found[wanted], key=lambda file: int(file.stem.rpartition("-")[2]))
+    return found[wanted]
 
 
 def describe(stored: Stored, encoder: Encoder, eraser: Eraser | None, config: Mapping[str, Any]) -> dict[str, Any]:

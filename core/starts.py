@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from core.checkpoint import load_checkpoint
+from core.checkpoint import last_checkpoints, load_checkpoint
 
 RANDOM = Path("random")
 
@@ -117,13 +117,13 @@ def _file(path: Path) -> Path:
     exported = path / "encoder.safetensors"
     if exported.is_file():
         return exported
-    found = sorted((path / "checkpoints").glob("pretrain-*.safetensors"))
-    if not found:
+    found = last_checkpoints(path).get("pretrain")
+    if found is None:
         raise StartError(
             f"start: {path.name} must hold checkpoints/pretrain-*.safetensors or encoder.safetensors, it has neither. "
             "Name a run that has pretrained, or a file."
         )
-    return found[-1]
+    return found
 
 
 def _exported_config(metadata: Mapping[str, str]) -> dict[str, Any] | None:

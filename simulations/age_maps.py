@@ -21,7 +21,7 @@ from rich.table import Table
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
-from core.checkpoint import load_checkpoint, load_strictly
+from core.checkpoint import last_checkpoints, load_checkpoint, load_strictly
 from core.config import RunConfig, load_config
 from core.data.bids import list_sites
 from core.evaluation.embeddings import Embeddings
@@ -45,7 +45,7 @@ def pretrained_encoder(root: Path, overrides: Sequence[str]) -> tuple[RunConfig,
         names = list_sites(root)
         nodes = {number + 1: {"partition-id": number, "num-partitions": len(names)} for number in range(len(names))}
         run_in_process(server_app, client_app, text, nodes)
-        last = max((Path(output) / "age-maps" / "checkpoints").glob("pretrain-*.safetensors"))
+        last = last_checkpoints(Path(output) / "age-maps")["pretrain"]
         return load_config(text), load_checkpoint(last).state
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.checkpoint import load_checkpoint
+from core.checkpoint import last_checkpoints, load_checkpoint
 from core.config import RunConfig, load_config
 from core.erasure import Eraser, covariates, fit_eraser, scanner_sums
 from core.evaluation.embeddings import Embeddings
@@ -126,7 +126,7 @@ def run_apps(overrides: str, num_sites: int, folder: Path) -> tuple[RunConfig, P
 
 def last_state(checkpoints: Path, stage: str) -> dict[str, torch.Tensor]:
     """The weights of the last checkpoint of a stage."""
-    return load_checkpoint(max(checkpoints.glob(f"{stage}-*.safetensors"))).state
+    return load_checkpoint(last_checkpoints(checkpoints.parent)[stage]).state
 
 
 def projector_gap(first_KF: torch.Tensor, second_KF: torch.Tensor) -> float:

@@ -27,7 +27,7 @@ import torch
 import typer
 from scipy import stats
 
-from core.checkpoint import load_checkpoint, write_atomically
+from core.checkpoint import last_checkpoints, load_checkpoint, write_atomically
 from core.cli import Overrides, checked
 from core.config import RunConfig, load_config, quoted
 from core.erasure import Eraser
@@ -194,7 +194,7 @@ def through_the_apps(method: str, job: Job, data: SitesData) -> tuple[Embeddings
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{name}.log").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
         run_in_process(server_app, client_app, shlex.join(overrides), nodes)
-    state = load_checkpoint(max((folder / "checkpoints").glob("pretrain-*.safetensors"))).state
+    state = load_checkpoint(last_checkpoints(folder)["pretrain"]).state
     embeddings = data.embed(Trained(state, {}), torch.device("cpu"))
     for path in (folder / "checkpoints").glob("eraser-*.safetensors"):
         eraser = Eraser(**load_checkpoint(path).state)

@@ -99,7 +99,7 @@ def test_overrides_may_be_one_quoted_line() -> None:
         ("experiment=roi data.table=/x views=brain", "views must be for table, as data are, got one for images; add encoder=mlp"),
         ("experiment=roi", "data.table must be given, got nothing"),
         ("experiment=roi data.table=/x data.root=/y", "data.root is no setting of"),
-        ("experiment=roi data.table=/x +data.shape=[1,1,1]", "data.shape is no known key"),
+        ("experiment=roi data.table=/x +data.shape=[1,1,1]", "data.shape is no setting of the chosen data, 'roi'"),
         ("experiment=roi data.table=/x encoder.depth=0", "encoder: depth must be from 1 to 16, got 0"),
         ("experiment=roi data.table=/x views.noise_sd=-1", "views: noise_sd must be between 0 and 10, got -1"),
         ("experiment=roi data.table=/x data.columns.colour=x", "got 'data.columns.colour'"),
@@ -156,3 +156,9 @@ def test_any_folder_can_be_written_as_an_override(folder: str) -> None:
     overrides = ["data=folder", f"data.root={quoted(folder)}"]
     assert str(load_config(overrides).data.root) == folder
     assert str(load_config(shlex.join(overrides)).data.root) == folder
+
+
+def test_a_setting_of_another_choice_is_told_from_an_unknown_key() -> None:
+    with pytest.raises(ConfigError, match=r"encoder.width is no setting of the chosen encoder, 'resnet18'; .* '~encoder.width'"):
+        load_config("experiment=tiny encoder=resnet18")
+    assert load_config("experiment=tiny encoder=resnet18 ~encoder.width").encoder.name == "resnet18"
