@@ -46,6 +46,7 @@ from core.models import (
     split_constants,
 )
 from core.moments import MomentPolicy
+from core.privacy import DpSgd
 from core.report import RunRecord, write_report
 from core.report_segmentation import draw_examples
 from core.rounds import State, kept, run_rounds
@@ -135,6 +136,7 @@ class Job:
             num_inputs=self.store_inputs,
             spatial_dims=self.config.data.spatial_dims,
             num_erased=num_erased(state),
+            zero_head=isinstance(self.config.privacy, DpSgd),
         )
         if state:
             load_strictly(model, state)

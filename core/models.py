@@ -434,14 +434,23 @@ def build_classifier(
     num_inputs: int = 1,
     spatial_dims: int = 3,
     num_erased: int = 0,
+    zero_head: bool = False,
 ) -> Classifier:
-    """A freshly initialised classifier, the same on every machine for the same seed; inputs as in `build_pretrainer`."""
-    return _seeded(
+    """A freshly initialised classifier, the same on every machine for the same seed; inputs as in `build_pretrainer`.
+
+    With ``zero_head`` the head begins with zeros: few steps of DP-SGD on few subjects cannot unlearn what a random head tells of
+    them (near-zero initialisation: Mehta et al. 2022, arXiv 2205.02973).
+    """
+    model = _seeded(
         lambda: Classifier(choice.build(num_inputs, spatial_dims), num_outputs),
         seed(run_seed, "classifier"),
         num_inputs,
         num_erased,
     )
+    if zero_head:
+        for parameter in model.head.parameters():
+            nn.init.zeros_(parameter)
+    return model
 
 
 def build_segmenter(

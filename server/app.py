@@ -23,6 +23,7 @@ from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, 
 from core.finetuning import prediction_notes, privacy_notes, trained_names
 from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, split_constants
 from core.moments import Reference
+from core.privacy import DpSgd
 from core.report import RunRecord, write_report
 from core.scaling import standardisation_from, standardising
 from core.stages import STAGES, StageName
@@ -123,6 +124,7 @@ def carry_out(grid: Grid, context: Context) -> None:
             num_inputs=num_inputs,
             spatial_dims=config.data.spatial_dims,
             num_erased=num_erased(sites.constants),
+            zero_head=isinstance(config.privacy, DpSgd),
         )
         initial, _ = split_constants({name: value.clone() for name, value in classifier.state_dict().items()})
         if STAGES[stage].start == "pretrained":

@@ -425,6 +425,8 @@ def test_private_fine_tuning_counts_all_stages_and_tells_no_loss(job: Callable[.
     assert 3.8 < told[1]["epsilon"] <= 4.0
     assert any("differentially private" in note for note in tuned.notes)
     assert any(note.startswith("Not covered") for note in tuned.notes)
+    assert all(not parameter.any() for parameter in job(*private.split()).classifier({}).head.parameters())
+    assert job().classifier({}).head[1].weight.all()
 
 
 def test_pseudonyms_stand_for_subjects(job: Callable[..., Job], tmp_path: Path) -> None:

@@ -97,12 +97,16 @@ def test_a_score_is_learnt_at_the_sites_that_have_it_and_elsewhere_it_need_not_b
 def test_privacy_is_per_site_and_told(federate: Federate, targets: Path) -> None:
     first = federate(targets, "num_rounds=1 warmup_rounds=0 debias=none evaluation=none", name="first")
     private = "privacy=dp_sgd privacy.delta=0.01 finetune.class_weights=none finetune.stages=[linear_probe] finetune.num_rounds=2"
+    private += " finetune.head_learning_rate=1e-9"
     options = f"finetune=both start={quoted(str(first))} num_rounds=0 debias=none data.target_sites=[c,d] {private} {SHARED}"
     run = federate(targets, options, name="private")
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     told = lines[-1]["privacy"]
     assert all(7.6 < told[site]["epsilon"] <= 8 and told[site]["steps"] == 6 for site in "cd")
     assert all(values == {} for line in lines for values in line["sites"].values())
+    # What a random head tells of few subjects is never unlearned: it begins with zeros.
+    head = load_checkpoint(run / "checkpoints" / "linear_probe-0002.safetensors").state["head.1.weight"]
+    assert 0 < head.abs().max() < 1e-6
     report = (run / "report.html").read_text()
     assert "differentially private for a subject" in report
     assert "Not covered by it" in report
