@@ -1,5 +1,6 @@
 """The run's configuration: composed by Hydra from ``configs/``, closed by a typed schema before any scan is read."""
 
+import copy
 import difflib
 import math
 import re
@@ -604,6 +605,12 @@ def _how_to_quote(text: str, overrides: Sequence[str]) -> str:
 
 def compose_plain(overrides: Sequence[str]) -> dict[str, Any]:
     """Compose ``configs/run.yaml`` with the overrides to a plain dictionary, not yet checked."""
+    return copy.deepcopy(_composed(tuple(overrides)))
+
+
+@lru_cache(maxsize=64)
+def _composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Composed once: it takes tenths of a second."""
     with _hydra_is_process_wide:
         GlobalHydra.instance().clear()
         with initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):

@@ -14,7 +14,7 @@ from core.config import RunConfig
 from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import DrawnBatch, SamplingPolicy, subject_batches
 from core.data.site import SiteData, Store
-from core.data.views import RowViewPolicy, ViewPolicy
+from core.data.views import DrawnRowViews, DrawnViews, RowViewPolicy, ViewPolicy
 from core.evaluation.predictions import MAIN_FIGURE, Predictions, resampled_figure
 from core.models import Classifier, Segmenter
 from core.privacy import NOT_COVERED, DpSgd, PrivateSteps, assert_private
@@ -337,17 +337,16 @@ def predict(model: Classifier, splits: Mapping[str, SiteData], config: RunConfig
 def averaged_logits(model: Classifier, data: SiteData, config: RunConfig, device: torch.device) -> Tensor:
     """Outputs of the head for each scan, (N, K) float64: the mean over the scan as it is and its test-time views.
 
-    A scan's views are drawn for it alone: its outputs do not depend on which scans are there beside it.
+    Every scan is seen through the same views, so that its outputs do not depend on which scans are there beside it.
     """
     views, (logits_NK,) = finetuning_views(config), embed(model, data, device)
     total_NK = logits_NK.double()
     for turn in range(config.finetune.test_time_views):
+        assert views is not None  # which the configuration has checked
+        drawn = views.draw((1, *data.store.shape), generator(config.seed, "test-time views", turn))
 
-        def viewed(number: int, scan: Tensor, turn: int = turn) -> Tensor:
-            assert views is not None  # which the configuration has checked
-            about = data.scans[number]
-            random = generator(config.seed, "test-time views", data.site, about.subject, about.session, about.path.name, turn)
-            return views.draw(scan.shape, random).apply(scan, model.encoder.input_scale)
+        def viewed(inputs: Tensor, drawn: DrawnViews | DrawnRowViews = drawn) -> Tensor:
+            return drawn.repeated(len(inputs)).apply(inputs, model.encoder.input_scale)
 
         total_NK += embed(model, data, device, view=viewed)[0].double()
     return total_NK / (1 + config.finetune.test_time_views)

@@ -198,7 +198,7 @@ def embed(
     device: torch.device,
     *,
     batch_size: int = 32,
-    view: Callable[[int, Tensor], Tensor] | None = None,
+    view: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Outputs of the model in evaluation mode for each scan as it is, without views, on the CPU; one tensor an output.
 
@@ -207,15 +207,14 @@ def embed(
         data: the scans.
         device: where to compute.
         batch_size: scans at once.
-        view: of a scan by its number, (1, C, *grid) or (1, I), to be used instead of it.
+        view: of a batch of inputs, (B, C, *grid) or (B, I), to be used instead of them.
     """
     model.eval()
     outputs: list[tuple[Tensor, ...]] = []
     for start in range(0, max(1, len(data)), batch_size):
-        numbers = range(start, min(start + batch_size, len(data)))
-        inputs = data.inputs(numbers, device)
-        if view is not None and len(numbers):
-            inputs = torch.cat([view(number, one) for number, one in zip(numbers, inputs.chunk(len(inputs)), strict=True)])
+        inputs = data.inputs(range(start, min(start + batch_size, len(data))), device)
+        if view is not None and len(inputs):
+            inputs = view(inputs)
         # Not every net takes a batch of none: one blank scan tells the widths of the outputs.
         result = model(inputs if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:]))
         rows = result if isinstance(result, tuple) else (result,)

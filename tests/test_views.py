@@ -252,3 +252,14 @@ def test_noise_of_rows_is_in_units_of_each_feature_and_missing_stays_missing() -
 def test_bad_knobs_of_rows_are_refused(knobs: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="views: "):
         RowViewPolicy(**knobs)
+
+
+@pytest.mark.parametrize("policy", [ViewPolicy(motion_degrees=2.0, jitter=0.2), RowViewPolicy()])
+def test_a_repeated_view_is_the_same_for_every_image(policy: ViewPolicy | RowViewPolicy) -> None:
+    shape = (3, 1, 8, 9, 7) if isinstance(policy, ViewPolicy) else (3, 6)
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    drawn = policy.draw((1, *shape[1:]), torch.Generator().manual_seed(1))
+    together = drawn.repeated(3).apply(inputs, torch.ones(1))
+    alone = torch.cat([drawn.apply(one, torch.ones(1)) for one in inputs.chunk(3)])
+    torch.testing.assert_close(together, alone, equal_nan=True)
+    assert not together.equal(inputs)

@@ -153,6 +153,10 @@ class DrawnViews:
 
     pieces: tuple[Drawn, ...]
 
+    def repeated(self, num_images: int) -> "DrawnViews":
+        """The first image's view for each of so many images."""
+        return DrawnViews(tuple(piece[torch.zeros(num_images, dtype=torch.long)] for piece in self.pieces))
+
     def apply(self, images_BCG: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """The drawn view of each image, (B, C, *grid), on the same device; what comes in from outside is 0.
 
@@ -177,6 +181,10 @@ class DrawnRowViews:
 
     mask_BF: Tensor
     noise_BF: Tensor
+
+    def repeated(self, num_rows: int) -> "DrawnRowViews":
+        """The first row's view for each of so many rows."""
+        return DrawnRowViews(self.mask_BF[:1].expand(num_rows, -1), self.noise_BF[:1].expand(num_rows, -1))
 
     def apply(self, rows_BF: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
         """The drawn view of each row, (B, F), on the same device, in ``out`` or new; ``scale`` (F,) is the unit of the noise."""
