@@ -47,7 +47,8 @@ from core.models import (
 )
 from core.moments import MomentPolicy
 from core.privacy import DpSgd
-from core.report import RunRecord, write_report
+from core.report import write_report
+from core.report_record import RunRecord
 from core.report_segmentation import draw_examples
 from core.rounds import State, kept, run_rounds
 from core.scaling import input_sums, standardisation_from, standardising

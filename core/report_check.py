@@ -477,7 +477,7 @@ def montage(checks: Sequence[SiteCheck], num_pictures: int) -> bytes | None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    from core.report import INK, SOFT, STYLE
+    from core.report_figures import INK, SOFT, STYLE
 
     is_flat = all(check.store is not None and len(check.store.shape) == 3 for check, _, _ in shown)
     across = min(6 if is_flat else 3, len(shown))

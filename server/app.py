@@ -24,7 +24,8 @@ from core.finetuning import prediction_notes, privacy_notes, trained_names
 from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, split_constants
 from core.moments import Reference
 from core.privacy import DpSgd
-from core.report import RunRecord, write_report
+from core.report import write_report
+from core.report_record import RunRecord
 from core.scaling import standardisation_from, standardising
 from core.stages import STAGES, StageName
 from core.starts import Start, StartError, load_start, read_start

@@ -55,7 +55,7 @@ from torch.nn.functional import cross_entropy, normalize
 from core import seeding
 from core.checkpoint import write_atomically
 from core.losses import EmbeddedViews, EnD, EpsSupInfoNCE, FairKL, Kernel, Objective, ReleasedFairKL, SupCon
-from core.report import COLOURS, MARKERS, STYLE
+from core.report_figures import COLOURS, MARKERS, STYLE
 
 # Red, green, blue of the background of digit 0, 1, ...; ink is white, so that no channel of a background may be 1.
 PALETTE = 0.8 * torch.tensor(

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from core.checkpoint import write_atomically
-from core.report import COLOURS, MARKERS, STYLE
+from core.report_figures import COLOURS, MARKERS, STYLE
 from simulations.planted_images import ImageResult, study_images
 from simulations.planted_measures import Figure3
 from simulations.planted_tables import PLANS, AppsResult, Plan, TableResult, study_apps, study_table

@@ -27,7 +27,7 @@ HOMES = {
     "nibabel": ("core/data/", "simulations/"),
     "monai": ("core/data/", "core/models.py", "simulations/speed_data.py"),
     "opacus": ("core/privacy.py",),
-    "sklearn": ("core/evaluation/", "core/report.py", "simulations/"),
+    "sklearn": ("core/evaluation/", "core/report_figures.py", "simulations/"),
     "pandas": ("core/data/labels.py",),
     "pandera": ("core/data/labels.py",),
     "matplotlib": ("core/report", "simulations/"),

@@ -9,7 +9,9 @@ import pytest
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation
 from core.evaluation.predictions import Predictions, confusion, evaluate_predictions, operating_points
-from core.report import RunRecord, verdict, write_report
+from core.evaluation.words import verdict
+from core.report import write_report
+from core.report_record import RunRecord
 from core.targets import Target
 
 SECTIONS = ("ran", "losses", "embeddings", "site", "age", "diagnosis", "sites", "problems", "reading")

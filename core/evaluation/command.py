@@ -172,7 +172,8 @@ def _write(
     maps: dict[str, Embeddings],
     notes: Sequence[str],
 ) -> None:
-    from core.report import RunRecord, write_report
+    from core.report import write_report
+    from core.report_record import RunRecord
 
     folder.mkdir(parents=True, exist_ok=True)
     write_metrics(folder / "metrics.json", evaluations)
