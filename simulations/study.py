@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -39,6 +41,18 @@ class Step:
     told: Callable[[], str]
 
 
+def end_with_parent() -> None:
+    """Let this process end when the one that started it has, even by SIGKILL: nobody would wait for what it makes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def side_by_side(
     study: str, what: str, work: Callable[[Job], None], jobs: Sequence[Job], steps: Sequence[Step], workers: int
 ) -> None:
@@ -55,7 +69,8 @@ def side_by_side(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as bar, ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns, transient=True) as bar, ProcessPoolExecutor(workers, context, end_with_parent) as pool:
         task = bar.add_task(what, total=len(steps))
         futures: list[Future[None]] = [pool.submit(work, job) for job in jobs]
         waiting = list(steps)
