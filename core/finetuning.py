@@ -16,6 +16,7 @@ from core.data.sampling import DrawnBatch, SamplingPolicy, subject_batches
 from core.data.site import SiteData, Store
 from core.data.views import DrawnRowViews, DrawnViews, RowViewPolicy, ViewPolicy
 from core.evaluation.predictions import MAIN_FIGURE, Predictions, resampled_figure
+from core.memory import keep_freed_memory
 from core.models import Classifier, Segmenter
 from core.privacy import NOT_COVERED, DpSgd, PrivateSteps, assert_private
 from core.seeding import generator, seed
@@ -252,6 +253,7 @@ def take_private_steps(
     choice, target = config.privacy, config.finetune.target
     assert isinstance(choice, DpSgd)
     assert_private(model, couples_scans=False)
+    keep_freed_memory()
     subjects = sorted({scan.subject for scan in data.scans})
     rows_of = {subject: [i for i, scan in enumerate(data.scans) if scan.subject == subject] for subject in subjects}
     values_NL = target.values(data.scans).to(device)

@@ -17,6 +17,7 @@ from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import DrawnBatch, subject_batches
 from core.data.site import SiteData
 from core.losses import EmbeddedViews
+from core.memory import keep_freed_memory
 from core.models import Pretrainer
 from core.moments import GroupMoments, Reference
 from core.seeding import generator, seed
@@ -77,6 +78,7 @@ def mixed_precision(config: RunConfig, device: torch.device) -> torch.autocast:
 
 def take_steps(losses: Iterator[dict[str, Tensor]], optimiser: torch.optim.Optimizer, where: str) -> dict[str, float]:
     """One optimiser step for each set of weighted loss terms drawn; the mean of every term, and of their sum as ``loss``."""
+    keep_freed_memory()
     sums: dict[str, Tensor] = {}
     steps = 0
     for terms in losses:
@@ -209,6 +211,7 @@ def embed(
         batch_size: scans at once.
         view: of a batch of inputs, (B, C, *grid) or (B, I), to be used instead of them.
     """
+    keep_freed_memory()
     model.eval()
     outputs: list[tuple[Tensor, ...]] = []
     for start in range(0, max(1, len(data)), batch_size):

@@ -1,4 +1,4 @@
-"""What takes how long, side by side with what one would otherwise write or install: `python -m simulations.speed losses`, `data`.
+"""What takes how long, side by side with what one would otherwise write or install: `python -m simulations.speed --help`.
 
 Ours and theirs are first checked to agree in loss and gradient, then timed in turn in one run, forward and backward, so that a
 busy machine slows both alike. "paper" is the formula of the paper in ordinary torch, below, with the structure of the authors'
@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import platform
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -617,6 +618,35 @@ def data(
         figures = {"machine": speed_data.facts(), "feeds": [asdict(feed) for feed in feeds], "memory_mb": held}
         output.write_text(json.dumps(figures, indent=1))
         typer.echo(f"figures: {output}")
+
+
+@app.command()
+def steps(
+    turns: Annotated[int, typer.Option(min=1, help="Processes of each kind.")] = 5,
+    num_steps: Annotated[int, typer.Option(min=1, help="Timed steps of a process.")] = 8,
+) -> None:
+    """Time steps of pretraining with the memory that a step frees kept for the next, as training does, or given back.
+
+    The default encoder on 64 volumes of its default grid, one thread, time of the processor; the two take turns as processes of
+    their own, and the ratio is given back over kept in the same turn.
+
+    Example: python -m simulations.speed steps --turns 3
+    """
+    from simulations.speed_steps import in_own_process
+
+    ratios = []
+    for turn in range(1, turns + 1):
+        try:
+            kept, back = (in_own_process(kept=kept, num_steps=num_steps) for kept in (True, False))
+        except RuntimeError as error:
+            typer.echo(str(error), err=True)
+            raise typer.Exit(1) from None
+        ratios.append(back["ms"] / kept["ms"])
+        typer.echo(
+            f"turn {turn}: kept {kept['ms']:.0f} ms a step, {kept['faults']:.0f} page faults, {kept['mb']:.0f} MB; "
+            f"given back {back['ms']:.0f} ms, {back['faults']:.0f} page faults, {back['mb']:.0f} MB"
+        )
+    typer.echo(f"given back / kept: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {turns} turns")
 
 
 if __name__ == "__main__":

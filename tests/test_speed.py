@@ -2,6 +2,8 @@
 
 import io
 import json
+import platform
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -251,3 +253,12 @@ def printed(table: object) -> str:
     console = Console(width=150, record=True, file=io.StringIO())
     console.print(table)
     return console.export_text()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_steps_use_the_memory_again_that_steps_before_them_freed() -> None:
+    result = CliRunner().invoke(speed.app, ["steps", "--turns", "1", "--num-steps", "6"])
+    assert result.exit_code == 0
+    kept, given_back = (int(text) for text in re.findall(r"(\d+) page faults", result.output))
+    assert 5 * kept < given_back
+    assert re.search(r"given back / kept: \d+\.\d\d \(", result.output)
