@@ -11,7 +11,7 @@ moments     what sites exchange to compute FairKL across sites
 scaling     mean and spread of a table's features over all sites, from sums
 erasure     site and scanner erased before or behind the encoder, from sums
 combat      ComBat from sums, for comparison
-training    the one local loop, and pretraining
+training    the one local loop, and pretraining; memory: what its steps free is kept
 targets     what fine-tuning learns to tell: classes, findings, a number
 stages      the ways to fine-tune
 starts      what training begins with
@@ -22,7 +22,7 @@ exchange    what crosses the wire
 checkpoint  weights on disk
 export      encoders for others: load_encoder, TorchScript, model card, MONAI bundle
 evaluation  site-effect removal, probes, intervals
-report      evaluations to a page; report_check: what a folder of scans holds, to a screen
+report      evaluations to a page, from report_record by report_figures; report_check: what a folder of scans holds, to a screen
 cli         the console script
 """
 

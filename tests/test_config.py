@@ -162,3 +162,9 @@ def test_a_setting_of_another_choice_is_told_from_an_unknown_key() -> None:
     with pytest.raises(ConfigError, match=r"encoder.width is no setting of the chosen encoder, 'resnet18'; .* '~encoder.width'"):
         load_config("experiment=tiny encoder=resnet18")
     assert load_config("experiment=tiny encoder=resnet18 ~encoder.width").encoder.name == "resnet18"
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml")))
+def test_no_experiment_fine_tunes_where_that_is_switched_off(experiment: str) -> None:
+    place = {"abide": "data.table=/x", "ixi": "data.table=/x", "roi": "data.table=/x", "tiny": ""}.get(experiment, "data.root=/x")
+    assert load_config(f"experiment={experiment} finetune=none {place}").finetune.stages == ()
