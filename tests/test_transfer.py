@@ -104,6 +104,25 @@ def test_a_study_measures_every_cell_and_goes_on(overrides: tuple[str, ...], tmp
     assert (folder / "pretraining" / "simclr-seed0" / "pretrained.json").stat().st_mtime_ns == pretraining
 
 
+def test_each_site_is_left_out_of_everything_and_scored_unseen(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    folder, options = tmp_path / "study", "--leave-each-out --start scratch --start simclr --stage linear_probe"
+    shorter = f"--fraction 1 --seeds 1 --workers 1 --output {folder}"
+    result = CliRunner().invoke(app, [*overrides, "data.num_sites=2", *options.split(), *shorter.split()])
+    assert result.exit_code == 0, result.output
+    assert "auc, left-out sites" in (folder / "table.md").read_text()
+    cells = {cell["start"]: cell["unseen"] for cell in json.loads((folder / "study.json").read_text())["cells"]}
+    assert cells.keys() == {"scratch", "simclr"}
+    assert all(0 <= low <= mean <= high <= 1 for mean, low, high in cells.values())
+    together = json.loads((folder / "results" / "simclr-seed0-1.json").read_text())["targets"]
+    assert len(together) == 2
+    for site in together:
+        [other] = set(together) - {site}
+        name = f"simclr-seed0-without-{site}"
+        assert json.loads((folder / "results" / f"{name}-1.json").read_text())["targets"] == [other]
+        rounds = (folder / "pretraining" / name / "rounds.jsonl").read_text().splitlines()
+        assert {tuple(json.loads(line)["sites"]) for line in rounds} == {(other,)}
+
+
 def cell(labels: float, mean: float) -> Cell:
     return Cell(labels, mean, (mean - 0.1, mean + 0.1), None, None, None)
 
