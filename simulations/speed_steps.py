@@ -13,7 +13,7 @@ from statistics import median
 
 import torch
 
-from core.config import load_config
+from core.config import ImageData, load_config
 from core.losses import EmbeddedViews
 from core.memory import keep_freed_memory
 from core.models import build_pretrainer
@@ -30,8 +30,8 @@ def take(*, kept: bool, num_steps: int) -> dict[str, float]:
         raise RuntimeError("speed: the C library must be glibc, got another; this process gives memory back as it likes.")
     model = build_pretrainer(config.encoder, config.embedding_size, 0)
     optimiser = torch.optim.AdamW(model.parameters())
-    shape = getattr(config.data, "shape")  # noqa: B009
-    volumes = torch.randn(2 * SCANS, 1, *shape)
+    assert isinstance(config.data, ImageData)
+    volumes = torch.randn(2 * SCANS, 1, *config.data.shape)
     ages = {"age_years": torch.rand(SCANS) * 60 + 20}
     took_ms, faults = [], []
     for _ in range(WARM_UP + num_steps):
