@@ -12,7 +12,7 @@ MMAP_THRESHOLDS = (2**25, 2**30)  # in bytes; older releases of glibc take no mo
 def keep_freed_memory() -> bool:
     """Let this process keep the memory that it frees, once and for all; whether the C library can be told to (glibc can).
 
-    Tensors of a step would otherwise be mapped, filled with zeros page by page, and unmapped again, which took about a quarter of
+    Tensors of a step would otherwise be mapped, filled with zeros page by page, and unmapped again, which took about a fifth of
     the time of a step of the small encoder (`python -m simulations.speed steps`). The process stays as large as its largest step.
     """
     try:
