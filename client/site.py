@@ -11,7 +11,7 @@ from core.config import ConfigError, DataConfig, RunConfig
 from core.data.holdings import Holdings, open_holdings
 from core.data.manifest import MAX_UNUSABLE
 from core.data.site import Source, default_cache_root
-from core.exchange import SiteError
+from core.faults import SiteError
 from core.moments import MomentPolicy
 from core.training import choose_device
 
@@ -35,6 +35,9 @@ NODE_KEYS = {
     "max-unusable",
     "reading",
     "share-per-scan",
+    "state-root",
+    "warm",
+    "worker-patience-s",
     *POLICY_KEYS,
 }
 

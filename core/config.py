@@ -328,6 +328,10 @@ class StrategyConfig(Closed):
     min_sites: Count | None
     round_timeout_s: Positive
     wait_for_sites_s: Positive
+    deadline_factor: Annotated[float, Field(ge=1, lt=float("inf"))]
+    deadline_floor_s: Positive
+    late_updates: Literal["next_round", "drop"]
+    exclude_after: Count
     admit_late: bool
     keep_checkpoints: Count
 

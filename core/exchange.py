@@ -7,7 +7,6 @@ which makes a tensor each 5-6 times slower. No pickle: arrays are .npy bytes, ev
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -38,24 +37,6 @@ MAX_TEXTS, MAX_TEXT_LENGTH = 1000, 500
 
 class ExchangeError(ValueError):
     """Something received is not what was agreed; the text names no scan and may leave the site."""
-
-
-class SiteError(Exception):
-    """A failure at a site, in words that may leave it: no subject, no path, no value of a scan.
-
-    Args:
-        kind: a fixed word the server decides by, e.g. ``not_finite``.
-        text: one sentence.
-    """
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(f"[isocenter:{kind}] {text}")
-
-
-def error_kind(reason: str) -> tuple[str, str]:
-    """Kind and sentence of a failure a site reported; ``unknown`` when the text is not one of ours."""
-    found = re.search(r"\[isocenter:(\w+)\] (.*)", reason, re.DOTALL)
-    return (found[1], found[2].strip()) if found else ("unknown", reason.strip() or "no reason given")
 
 
 def _numpy(value: Tensor) -> np.ndarray:

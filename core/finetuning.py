@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import progress
 from core.config import RunConfig
 from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import DrawnBatch, SamplingPolicy, subject_batches
@@ -220,17 +221,18 @@ def finetune(
     guarantee: dict[str, Any] = {}
     if isinstance(config.privacy, DpSgd):
         # The mean of the losses is no private sum, so it is not told.
-        metrics = dict[str, float]()
+        metrics, num_steps = dict[str, float](), config.finetune.local_steps
         guarantee = take_private_steps(model, data, config, stage, round_number, device, optimiser)
     else:
         losses = finetuning_losses(model, data, config, stage, round_number, device, waited)
-        metrics = take_steps(losses, optimiser, f"site {data.site}, {stage}, round {round_number}")
+        where = f"site {data.site}, {stage}, round {round_number}"
+        metrics, num_steps = take_steps(losses, optimiser, config.finetune.local_steps, where)
     names = trained_names(model, stage, round_number, config)
     state = {name: value.detach() for name, value in model.named_parameters() if name in names}
     if isinstance(config.privacy, DpSgd):
         # A subject's number of scans, and the time it took, would tell that it was there; the number of subjects is known.
-        return TrainResult(state, len({scan.subject for scan in data.scans}), metrics, 0.0, 0.0, guarantee)
-    return TrainResult(state, len(data), metrics, time.perf_counter() - started, waited.seconds)
+        return TrainResult(state, len({scan.subject for scan in data.scans}), metrics, 0.0, 0.0, num_steps, guarantee)
+    return TrainResult(state, len(data), metrics, time.perf_counter() - started, waited.seconds, num_steps)
 
 
 def private_steps_before(stage: StageName, round_number: int, config: RunConfig) -> tuple[int, int]:
@@ -284,6 +286,7 @@ def take_private_steps(
 
     for step in range(config.finetune.local_steps):
         steps.step(loss(number, step) for number in steps.draw())
+        progress.tell("step", step + 1, config.finetune.local_steps)
     if steps.num_not_finite:
         log.warning(
             "site %s: the gradients of %d subjects drawn were not finite and added nothing", data.site, steps.num_not_finite

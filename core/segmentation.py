@@ -154,10 +154,11 @@ def segment(
     model.train()
     waited, started = Waited(), time.perf_counter()
     losses = segmentation_losses(model, data, label_maps, config, stage, round_number, device, waited)
-    metrics = take_steps(losses, optimiser, f"site {data.site}, {stage}, round {round_number}")
+    where = f"site {data.site}, {stage}, round {round_number}"
+    metrics, num_steps = take_steps(losses, optimiser, config.finetune.local_steps, where)
     trained = {id(parameter) for group in groups for parameter in group["params"]}
     state = {name: value.detach() for name, value in model.named_parameters() if id(value) in trained}
-    return TrainResult(state, len(data), metrics, time.perf_counter() - started, waited.seconds)
+    return TrainResult(state, len(data), metrics, time.perf_counter() - started, waited.seconds, num_steps)
 
 
 @torch.no_grad()

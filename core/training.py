@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import progress
 from core.config import RunConfig
 from core.data.feed import Ring, Waited, read_ahead
 from core.data.sampling import DrawnBatch, subject_batches
@@ -37,6 +38,7 @@ class TrainResult:
         metrics: mean over the local steps of every term, by name.
         seconds: how long the local steps took.
         waited_s: how much of that they stood still for their data.
+        num_steps: local steps that were taken; fewer than planned where a deadline ended them.
         privacy: what DP-SGD guarantees by now, as `core.privacy.Guarantee.describe` tells it; empty without.
     """
 
@@ -45,6 +47,7 @@ class TrainResult:
     metrics: dict[str, float]
     seconds: float
     waited_s: float
+    num_steps: int
     privacy: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,8 +79,13 @@ def mixed_precision(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
-def take_steps(losses: Iterator[dict[str, Tensor]], optimiser: torch.optim.Optimizer, where: str) -> dict[str, float]:
-    """One optimiser step for each set of weighted loss terms drawn; the mean of every term, and of their sum as ``loss``."""
+def take_steps(
+    losses: Iterator[dict[str, Tensor]], optimiser: torch.optim.Optimizer, num_steps: int, where: str
+) -> tuple[dict[str, float], int]:
+    """One optimiser step for each set of weighted loss terms drawn: the mean of every term and of their sum, ``loss``; the steps.
+
+    It ends before all are drawn when the time for it is over (`core.progress.until`), after one step at least.
+    """
     keep_freed_memory()
     sums: dict[str, Tensor] = {}
     steps = 0
@@ -94,7 +102,9 @@ def take_steps(losses: Iterator[dict[str, Tensor]], optimiser: torch.optim.Optim
         steps += 1
         for name, value in {"loss": total, **terms}.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
-    return {name: float(value) / steps for name, value in sums.items()}
+        if not progress.tell("step", steps, num_steps):
+            break
+    return {name: float(value) / steps for name, value in sums.items()}, steps
 
 
 def pretraining_losses(
@@ -189,8 +199,8 @@ def pretrain(
     model.train()
     waited, started = Waited(), time.perf_counter()
     losses = pretraining_losses(model, data, config, round_number, device, remote or {}, references or {}, waited)
-    metrics = take_steps(losses, optimiser, f"site {data.site}, round {round_number}")
-    return TrainResult(dict(model.state_dict()), len(data), metrics, time.perf_counter() - started, waited.seconds)
+    metrics, steps = take_steps(losses, optimiser, config.local_steps, f"site {data.site}, round {round_number}")
+    return TrainResult(dict(model.state_dict()), len(data), metrics, time.perf_counter() - started, waited.seconds, steps)
 
 
 @torch.no_grad()
@@ -222,4 +232,5 @@ def embed(
         result = model(inputs if len(inputs) else inputs.new_zeros(1, *inputs.shape[1:]))
         rows = result if isinstance(result, tuple) else (result,)
         outputs.append(tuple(row[: len(inputs)] for row in rows))
+        progress.tell("scan", min(start + batch_size, len(data)), len(data))
     return tuple(torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))

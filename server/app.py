@@ -19,7 +19,7 @@ from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import Evaluation, write_metrics
 from core.evaluation.predictions import Predictions
 from core.evaluation.reading import ROLES
-from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack, unpack
+from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack
 from core.finetuning import prediction_notes, privacy_notes, trained_names
 from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, split_constants
 from core.moments import Reference
@@ -30,8 +30,9 @@ from core.scaling import standardisation_from, standardising
 from core.stages import STAGES, StageName
 from core.starts import Start, StartError, load_start, read_start
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
+from server.grid import PatientGrid
 from server.sites import Answer, Node, RunError, Sites, reasons
-from server.strategy import MIN_CONTRAST_SUBJECTS, NOTHING_ERASED, SiteRounds, StopEarly, eraser_from, read_scanners, read_sums
+from server.strategy import MIN_CONTRAST_SUBJECTS, NOTHING_ERASED, SiteRounds, eraser_from, read_scanners, read_sums
 
 log = logging.getLogger("isocenter")
 app = ServerApp()
@@ -68,7 +69,7 @@ def carry_out(grid: Grid, context: Context) -> None:
     if config.finetune.label_maps is not None and config.finetune.stages:
         raise RunError("finetune.label_maps: segmentation is for `isocenter finetune` alone; set it to null, or finetune=none.")
     folder = new_run_folder(config)
-    sites = Sites(grid, config.strategy.round_timeout_s)
+    sites = Sites(PatientGrid(grid), config.strategy.round_timeout_s)
     nodes = wait_for_sites(sites, config)
     results = Results()
     pretraining, targets = choose_sites(nodes, config, results), choose_targets(nodes, config)
@@ -96,7 +97,7 @@ def carry_out(grid: Grid, context: Context) -> None:
     save_checkpoint(folder / "checkpoints", about, keep=1)
     widths = {"h": model.encoder.num_features, "z": config.embedding_size}
     strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths, nodes)
-    pretrained = rounds(grid, strategy, untrained) if config.num_rounds else untrained
+    pretrained = strategy.train(untrained) if config.num_rounds else untrained
     nodes, pretraining = sorted(strategy.met, key=lambda node: node.site), strategy.nodes
     # A site that was admitted late may be a target too.
     targets = choose_targets(nodes, config)
@@ -130,7 +131,7 @@ def carry_out(grid: Grid, context: Context) -> None:
         initial, _ = split_constants({name: value.clone() for name, value in classifier.state_dict().items()})
         if STAGES[stage].start == "pretrained":
             initial |= {name: value for name, value in pretrained.items() if name.startswith("encoder.")}
-        finetuned = finetuned_at(grid, targets, stage, classifier, initial, sites, folder, config)
+        finetuned = finetuned_at(targets, stage, classifier, initial, sites, folder, config)
         if how == "per_scan":
             labelled = {node.node_id: node.site for node in nodes if cast(int, node.about["classes-in-train"]) >= 2}
             scored, notes = score_predictions(sites, labelled | targets, targets, finetuned, stage, config)
@@ -352,20 +353,6 @@ def prepare_inputs(
     sites.set_constants(nodes, standardising(reference, eraser, standardisation()))
 
 
-def rounds(grid: Grid, strategy: SiteRounds, initial: State) -> State:
-    """All rounds of a stage from an initial state to the one that is taken: the last, or the best on validation subjects."""
-    try:
-        result = strategy.start(
-            grid=grid,
-            initial_arrays=pack(initial)[0],
-            num_rounds=strategy.num_rounds,
-            timeout=strategy.config.strategy.round_timeout_s,
-        )
-    except StopEarly:
-        return strategy.best_state()
-    return unpack(result.arrays, strategy.layout) if strategy.best is None else strategy.best_state()
-
-
 def tell_targets(targets: Mapping[int, str], config: RunConfig, results: Results) -> None:
     """Say where fine-tuning will be; that there is nowhere to do it is noted."""
     if not config.finetune.stages:
@@ -384,7 +371,6 @@ def begin_with(encoder: Encoder, start: Start, sites: Sites) -> None:
 
 
 def finetuned_at(
-    grid: Grid,
     targets: Mapping[int, str],
     stage: StageName,
     model: Classifier,
@@ -399,7 +385,7 @@ def finetuned_at(
         def trained(round_number: int) -> frozenset[str]:
             return trained_names(model, stage, round_number, config)
 
-        return rounds(grid, SiteRounds(config, stage, sites, nodes, initial, folder, own=own, trained=trained), initial)
+        return SiteRounds(config, stage, sites, nodes, initial, folder, own=own, trained=trained).train(initial)
 
     if config.finetune.where == "federated":
         return dict.fromkeys(targets, at(targets, None))

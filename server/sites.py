@@ -1,16 +1,16 @@
 """The connected sites: asking them, what all of them must know before they can answer, and the bytes that crossed."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from core.exchange import ExchangeError, State, array_bytes, content, error_kind, fingerprint, pack
+from core.exchange import ExchangeError, State, array_bytes, content, fingerprint, pack
+from core.faults import error_kind
+from server.grid import UNAVAILABLE, PatientGrid, by_name
 
 log = logging.getLogger("isocenter")
 
@@ -44,13 +44,13 @@ class Sites:
     """Correspondence with the sites.
 
     Attributes:
-        grid: Flower's.
+        grid: Flower's, with patience.
         timeout_s: how long an answer may take.
         traffic: bytes of arrays that crossed, by (what they are, "to sites" or "from sites").
         constants: weights that no one trains. They travel once: a site keeps them for the run.
     """
 
-    grid: Grid
+    grid: PatientGrid
     timeout_s: float
     traffic: Counter[tuple[str, str]] = field(default_factory=Counter)
     constants: State = field(default_factory=dict)
@@ -75,12 +75,31 @@ class Sites:
     def _ask(
         self, nodes: Mapping[int, str], message_type: str, records: Callable[[int], RecordDict]
     ) -> tuple[dict[str, RecordDict], Failures]:
-        started = time.monotonic()
+        self.grid.names.update(nodes)
         messages = [Message(content=records(node), message_type=message_type, dst_node_id=node) for node in nodes]
-        self.count(messages, "to sites")
-        replies = list(self.grid.send_and_receive(messages, timeout=self.timeout_s))
+        return self.sort(nodes, self.post(messages))
+
+    def post(self, messages: Iterable[Message]) -> list[Message]:
+        """Send messages, each to its node, and wait for the answers; both are counted."""
+        replies = self.grid.send_and_receive(messages, timeout=self.timeout_s)
+        self.count(self.grid.sent, "to sites")
         self.count(replies, "from sites")
-        return sort_replies(nodes, replies, time.monotonic() - started)
+        return replies
+
+    def sort(self, nodes: Mapping[int, str], replies: Iterable[Message]) -> tuple[dict[str, RecordDict], Failures]:
+        """Answers and failures by site name, in the order of the names, whatever order they came in."""
+        by_node = {self.grid.node_of(reply): reply for reply in replies}
+        answers: dict[str, RecordDict] = {}
+        failures: Failures = {}
+        for node, site in by_name(nodes):
+            reply = by_node.get(node)
+            if reply is None:
+                failures[site] = self.grid.unanswered.get(node, ("late", "no answer."))
+            elif reply.has_error():
+                failures[site] = failure_of(reply.error)
+            else:
+                answers[site] = reply.content
+        return answers, failures
 
     def gather(
         self,
@@ -105,21 +124,25 @@ class Sites:
         self._holders.clear()
         self.tell_constants(nodes)
 
-    def tell_constants(self, nodes: Mapping[int, str]) -> None:
+    def tell_constants(self, nodes: Mapping[int, str], quorum: int | None = None) -> None:
         """Tell the run's constants to those of the nodes that do not hold them yet.
 
+        Args:
+            nodes: site name by node number.
+            quorum: how many must have them afterwards; None: all.
+
         Raises:
-            RunError: a site did not take them.
+            RunError: too few sites took them.
         """
         missing = {node: site for node, site in nodes.items() if node not in self._holders} if self.constants else {}
         if not missing:
             return
         arrays, layout = pack(self.constants)
         task = content(constants=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
-        _, failures = self._ask(missing, "query.constants", lambda _: task)
-        if failures:
+        taken, failures = self._ask(missing, "query.constants", lambda _: task)
+        self._holders.update(node for node, site in missing.items() if site in taken)
+        if len(nodes) - len(failures) < (len(nodes) if quorum is None else quorum):
             raise RunError(f"constants: every site must take them, {len(failures)} did not.{reasons(failures)}")
-        self._holders.update(missing)
 
     def forget(self, nodes: Iterable[int]) -> None:
         """Note that these nodes have lost the constants."""
@@ -133,20 +156,11 @@ class Sites:
                     self.traffic[name, direction] += size
 
 
-def sort_replies(nodes: Mapping[int, str], replies: Iterable[Message], waited_s: float) -> tuple[dict[str, RecordDict], Failures]:
-    """Answers and failures by site name, in the order of the names, whatever order they came in."""
-    by_node = {reply.metadata.src_node_id: reply for reply in replies}
-    answers: dict[str, RecordDict] = {}
-    failures: Failures = {}
-    for node, site in sorted(nodes.items(), key=lambda item: item[1]):
-        reply = by_node.get(node)
-        if reply is None:
-            failures[site] = ("silent", f"no answer within {waited_s:.0f} s.")
-        elif reply.has_error():
-            failures[site] = error_kind(reply.error.reason or "")
-        else:
-            answers[site] = reply.content
-    return answers, failures
+def failure_of(error: Error) -> tuple[str, str]:
+    """Kind and sentence of an answer that is an error: the site's own, or Flower's about a node that it has lost."""
+    if error.code == UNAVAILABLE:
+        return "away", "was lost while it had the task: its SuperNode ended or its connection was cut."
+    return error_kind(error.reason or "")
 
 
 def reasons(failures: Mapping[str, tuple[str, str]]) -> str:

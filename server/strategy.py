@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,8 @@ from core.exchange import (
     unpack_state,
 )
 from core.moments import GroupMoments, Reference, concatenate, reference_from
-from server.sites import FORGETFUL, Answer, Node, RunError, Sites, reasons, sort_replies
+from server.grid import Debt, Pace, Rule, told
+from server.sites import FORGETFUL, Answer, Failures, Node, RunError, Sites, reasons
 
 log = logging.getLogger("isocenter")
 
@@ -44,8 +46,13 @@ NOTHING_ERASED = (
 )
 MIN_CONTRAST_SUBJECTS = 4
 STOP_AT_ONCE = {"not_finite", "code"}
+RETRIED = {"away", "incident", "unknown", "worker"}
+"""Kinds of failure that may pass: a site that fails so is asked once more in the same round."""
+EARLIER = 0.8  # share of a round's deadline after which a site ends its steps, so that its update arrives in time
 PRIVACY_NUMBERS = ("epsilon", "epsilon_rdp", "delta", "noise_multiplier", "clip_norm", "sample_rate", "steps")
-NO_TERMS = {"num-examples", "seconds", "waited-seconds"}  # of a training answer's metrics; all others are terms of the loss
+
+NO_TERMS = {"num-examples", "seconds", "waited-seconds", "steps"}
+"""Of a training answer's metrics; all others are terms of the loss."""
 
 
 class StopEarly(Exception):  # noqa: N818 - nothing is wrong
@@ -108,6 +115,11 @@ class SiteRounds(FedAvg):
         self.exchange_round = 0
         self.holders: set[int] = set()
         self.round_arrays = ArrayRecord()
+        self.pace = Pace(config.strategy.deadline_factor, config.strategy.deadline_floor_s)
+        self.failed_rounds: Counter[str] = Counter()
+        self.excluded: dict[str, str] = {}
+        self.bases: dict[int, ArrayRecord] = {}
+        self.late: dict[str, str] = {}
         self.round_started = self.started = time.monotonic()
 
     def task(self, round_number: int, arrays: ArrayRecord, space: str = "", **more: ArrayRecord) -> RecordDict:
@@ -121,6 +133,46 @@ class SiteRounds(FedAvg):
     def quorum(self) -> int:
         """How many sites must answer, of those that take part by now."""
         return min(self.config.strategy.min_sites or len(self.nodes), len(self.nodes))
+
+    def train(self, initial: State) -> State:
+        """All rounds of the stage; the weights that are taken: the last round's, or the best on validation subjects."""
+        arrays, grid = pack(initial)[0], self.sites.grid
+        try:
+            for round_number in range(1, self.num_rounds + 1):
+                messages = self.configure_train(round_number, arrays, ConfigRecord(), grid.grid)
+                averaged, _ = self.aggregate_train(round_number, self.sites.post(messages))
+                assert averaged is not None
+                arrays = averaged
+        except StopEarly:
+            return self.best_state()
+        finally:
+            grid.rule = Rule()
+        return unpack(arrays, self.layout) if self.best is None else self.best_state()
+
+    def wait_for_quorum(self, round_number: int) -> None:
+        """Wait for as many sites to be connected as a round needs.
+
+        Raises:
+            RunError: they do not come back in time.
+        """
+        grid, limit_s = self.sites.grid, self.config.strategy.wait_for_sites_s
+        connected = grid.wait_until_connected(self.nodes, self.quorum, limit_s)
+        if len(connected) < self.quorum:
+            missing = sorted(site for node, site in self.nodes.items() if node not in connected)
+            raise RunError(
+                f"{self.stage}, round {round_number}: {self.quorum} of {len(self.nodes)} sites must be connected, missing for "
+                f"{limit_s:.0f} s: {', '.join(missing)}. Finished rounds are kept: start the sites, then `isocenter resume`."
+            )
+
+    def rule(self, round_number: int) -> Rule:
+        """How long a round waits: for everybody, or with a smaller quorum until a deadline learned from earlier rounds."""
+        few = self.quorum < len(self.nodes)
+        return Rule(
+            enough=self.quorum if few else None,
+            deadline_s=self.pace.deadline_s() if few else None,
+            round_number=round_number,
+            stage=self.saved_as,
+        )
 
     def admit_late(self, round_number: int) -> None:
         """Take in the sites that have connected since the run began, from this round on; who may not is named once."""
@@ -261,18 +313,64 @@ class SiteRounds(FedAvg):
         """One task a site; with debiasing, the moments of all the other sites' groups beside it."""
         del config, grid
         self.round_started = time.monotonic()
-        self.exchanged, self.arrivals = {}, {}
+        self.exchanged, self.arrivals, self.late = {}, {}, {}
+        self.wait_for_quorum(server_round)
+        self.sites.grid.rule = self.rule(server_round)
         if self.stage == "pretrain" and self.config.strategy.admit_late:
             self.admit_late(server_round)
-        self.sites.tell_constants(self.nodes)
+        self.sites.tell_constants(self.nodes, self.quorum)
         if self.stage == "pretrain" and self.config.debias.exchanges_in_round(server_round):
             self.moments, self.references = {}, {}
             for space in self.config.debias.spaces:
                 self.exchange_moments(server_round, arrays, space)
             self.exchange_round = server_round if self.references else 0
             self.holders.clear()
-        self.round_arrays = arrays
-        return self.training_tasks(server_round, self.nodes)
+        self.round_arrays = self.bases[server_round] = arrays
+        self.sites.grid.collect_late()
+        # One update a site and round: who has just sent one late is asked again in the next round.
+        fresh = {node: site for node, site in self.nodes.items() if node not in self.late_updates()}
+        return self.training_tasks(server_round, fresh)
+
+    def late_updates(self) -> dict[int, tuple[Debt, Message]]:
+        """Updates of earlier rounds of this stage that came too late for them, where late ones are taken."""
+        if self.config.strategy.late_updates == "drop":
+            return {}
+        return {
+            node: (debt, reply)
+            for node, (debt, reply) in self.sites.grid.late.items()
+            if node in self.nodes and debt.stage == self.saved_as and debt.message_type.startswith("train.")
+        }
+
+    def take_late(self, answers: dict[str, RecordDict]) -> list[Message]:
+        """The late updates, each added to this round's weights instead of to those that its site began with.
+
+        What is dropped is told.
+        """
+        taken = []
+        chosen = self.late_updates()
+        for node, (debt, reply) in self.sites.grid.late.items():
+            site = self.sites.grid.name(node)
+            if node in chosen and site not in answers and debt.round_number in self.bases:
+                taken.append(reply)
+                answers[site] = reply.content
+                self.late[site] = f"{told(debt)}: taken"
+            else:
+                self.late[site] = f"{told(debt)}: dropped"
+            log.info("%s had answered late, its answer to %s", site, self.late[site])
+        self.sites.grid.late.clear()
+        return taken
+
+    def rebase(self, reply: RecordDict, expected: Mapping[str, Tensor], round_number: int) -> None:
+        """Put this round's weights plus a late update in place of the weights that an earlier round's training gave."""
+        then, now = (unpack(arrays, self.layout) for arrays in (self.bases[round_number], self.round_arrays))
+        state = unpack_state(reply)
+        moved = {
+            name: (now[name].double() + (value.double() - then[name].double())).to(value.dtype)
+            if value.is_floating_point()
+            else value
+            for name, value in state.items()
+        }
+        reply.array_records["arrays"] = pack({name: moved[name] for name in expected})[0]
 
     def training_tasks(self, round_number: int, nodes: Mapping[int, str]) -> list[Message]:
         """One task a node; with it the moments of all the other sites' groups, where the node does not hold them yet."""
@@ -288,31 +386,59 @@ class SiteRounds(FedAvg):
             message_type = "train.pretrain" if self.stage == "pretrain" else "train.finetune"
             record = self.task(round_number, self.round_arrays, "", **more)
             record.config_records["config"]["exchange"] = self.exchange_round
+            if (deadline_s := self.sites.grid.rule.deadline_s) is not None:
+                record.config_records["config"]["deadline-s"] = EARLIER * deadline_s
             messages.append(Message(content=record, message_type=message_type, dst_node_id=node))
-        self.sites.count(messages, "to sites")
         return messages
 
-    def ask_forgetful(self, round_number: int, replies: list[Message]) -> list[Message]:
-        """The replies, in place of failures the second ones of sites that had lost what they were told."""
-        _, failures = sort_replies(self.nodes, replies, 0.0)
-        lost = {node: site for node, site in self.nodes.items() if failures.get(site, ("",))[0] in FORGETFUL}
-        if not lost:
-            return replies
-        log.warning("round %d: %s had lost what they were told and are asked again", round_number, ", ".join(lost.values()))
-        self.sites.forget(lost)
-        self.sites.tell_constants(lost)
-        self.holders.difference_update(lost)
-        messages = self.training_tasks(round_number, lost)
-        again = list(self.sites.grid.send_and_receive(messages, timeout=self.sites.timeout_s))
-        self.sites.count(again, "from sites")
-        return [reply for reply in replies if reply.metadata.src_node_id not in lost] + again
+    def ask_again(self, round_number: int, replies: list[Message]) -> tuple[list[Message], Failures]:
+        """The replies, in place of failures that may pass the second ones, and the failures that remain.
+
+        A site that was lost is waited for, unless enough others have answered.
+        """
+        answers, failures = self.sites.sort(self.nodes, replies)
+        failed = {node: site for node, site in self.nodes.items() if failures.get(site, ("",))[0] in FORGETFUL | RETRIED}
+        if len(answers) >= self.quorum:
+            failed = {node: site for node, site in failed.items() if failures[site][0] != "away"}
+        if not failed:
+            return replies, failures
+        for site in failed.values():
+            log.warning("round %d: %s failed and is asked again: %s", round_number, site, failures[site][1])
+        grid = self.sites.grid
+        if len(answers) < self.quorum:
+            grid.wait_until_connected(failed, self.quorum - len(answers), self.config.strategy.wait_for_sites_s)
+        self.sites.forget(failed)
+        self.sites.tell_constants(failed, 0)
+        self.holders.difference_update(failed)
+        again = self.sites.post(self.training_tasks(round_number, failed))
+        _, failed_again = self.sites.sort(failed, again)
+        kept = [reply for reply in replies if grid.node_of(reply) not in failed]
+        remaining = {site: failure for site, failure in failures.items() if site not in failed.values()} | failed_again
+        return kept + again, remaining
+
+    def exclude(self, round_number: int, failures: Failures) -> None:
+        """Count the rounds in a row that a site failed in; who fails too often takes no part any more, with notice."""
+        for site in self.nodes.values():
+            self.failed_rounds[site] = self.failed_rounds[site] + 1 if site in failures else 0
+        limit = self.config.strategy.exclude_after
+        for node, site in list(self.nodes.items()):
+            if self.failed_rounds[site] >= limit and self.quorum < len(self.nodes):
+                text = f"failed in {limit} rounds in a row, last in {self.stage} round {round_number}: {failures[site][1]}"
+                log.warning("%s takes no part in %s any more: it %s", site, self.stage, text)
+                self.excluded[site] = text
+                del self.nodes[node]
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check, average in site order, keep a checkpoint, tell what happened."""
-        replies = list(replies)
-        self.sites.count(replies, "from sites")
-        replies = self.ask_forgetful(server_round, replies)
-        answers, failures = sort_replies(self.nodes, replies, time.monotonic() - self.round_started)
+        quorum_s = self.sites.grid.quorum_s
+        replies, failures = self.ask_again(server_round, list(replies))
+        self.pace.learn(time.monotonic() - self.round_started if quorum_s is None else quorum_s)
+        answers, _ = self.sites.sort(self.nodes, replies)
+        since = {self.sites.grid.name(node): debt.round_number for node, (debt, _) in self.late_updates().items()}
+        late = self.take_late(answers)
+        replies += late
+        answers = dict(sorted(answers.items()))
+        failures = {site: failure for site, failure in failures.items() if site not in answers}
         names = self.template if self.trained is None else self.trained(server_round)
         expected = {name: value for name, value in self.template.items() if name in names}
         for site, answer in list(answers.items()):
@@ -321,15 +447,19 @@ class SiteRounds(FedAvg):
                 check_metrics(answer.metric_records["metrics"], f"site {site}")
                 if guarantee := read_privacy(answer.config_records["config"], f"site {site}"):
                     self.privacy[site] = guarantee
+                if site in self.late and (round_number := since.get(site)) is not None:
+                    self.rebase(answer, expected, round_number)
             except (ExchangeError, KeyError) as error:
                 failures[site] = ("exchange", str(error))
                 del answers[site]
         self.check_quorum(server_round, len(answers), failures)
-        self.holders.update(node for node, site in self.nodes.items() if site in answers)
+        self.holders.update(node for node, site in self.nodes.items() if site in answers and site not in self.late)
+        owed = {debt.round_number for debt in self.sites.grid.debts.values()}
+        self.bases = {number: arrays for number, arrays in self.bases.items() if number in owed}
         site_of = {node: site for node, site in self.nodes.items() if site in answers}
         accepted = sorted(
-            (reply for reply in replies if reply.metadata.src_node_id in site_of),
-            key=lambda reply: site_of[reply.metadata.src_node_id],
+            (reply for reply in replies if self.sites.grid.node_of(reply) in site_of and not reply.has_error()),
+            key=lambda reply: site_of[self.sites.grid.node_of(reply)],
         )
         averaged, metrics = super().aggregate_train(server_round, accepted)
         if averaged is None:
@@ -340,8 +470,9 @@ class SiteRounds(FedAvg):
         checkpoint = Checkpoint(state | self.sites.constants, self.saved_as, server_round, describe(self.config))
         save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
         validation = self.validate(server_round, arrays) if self.patience is not None else None
-        told = {site: answer.metric_records["metrics"] for site, answer in answers.items()}
-        self.tell(server_round, told, failures, validation)
+        metrics_of = {site: answer.metric_records["metrics"] for site, answer in answers.items()}
+        self.tell(server_round, metrics_of, failures, validation)
+        self.exclude(server_round, failures)
         if validation is not None and self.best is not None and server_round - self.best[1] >= cast(int, self.patience):
             log.info("%s: no smaller validation loss since round %d, whose weights are taken", self.stage, self.best[1])
             raise StopEarly
@@ -400,6 +531,12 @@ class SiteRounds(FedAvg):
             line["exchange"] = self.exchanged
         if self.arrivals:
             line["late"] = self.arrivals
+        if self.late:
+            line["late_updates"] = self.late
+        planned = self.config.local_steps if self.stage == "pretrain" else self.config.finetune.local_steps
+        if early := {site: int(cast(int, m["steps"])) for site, m in metrics.items() if cast(int, m["steps"]) < planned}:
+            line["ended_early"] = early
+            log.info("round %d: ended early, at the deadline: %s", round_number, steps_of(early, planned))
         if self.privacy:
             line["privacy"] = dict(self.privacy)
         if validation is not None:
@@ -472,6 +609,15 @@ def eraser_from(
             *(space, len(eraser.directions_KF), sum(len(part.count_S) for part in parts), slopes, len(told), withheld),
         )
     return eraser
+
+
+def steps_of(early: Mapping[str, int], planned: int) -> str:
+    """Who did how many steps.
+
+    >>> steps_of({"hill": 3}, 6)
+    'hill 3 of 6 steps'
+    """
+    return ", ".join(f"{site} {steps} of {planned} steps" for site, steps in early.items())
 
 
 def check_metrics(metrics: MetricRecord, where: str) -> None:

@@ -38,6 +38,8 @@ class InProcessGrid(Grid):
         }
         self.order = list(order or node_configs)
         self.tamper = tamper
+        self.replies: list[Message] = []
+        self.num_messages = 0
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
 
     def set_run(self, run: object) -> None:
@@ -58,20 +60,12 @@ class InProcessGrid(Grid):
         return list(self.order)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Messages are answered at once, by `send_and_receive`."""
-        del messages
-        raise RuntimeError("InProcessGrid: use send_and_receive.")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Messages are answered at once, by `send_and_receive`."""
-        del message_ids
-        raise RuntimeError("InProcessGrid: use send_and_receive.")
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """The answers, in the grid's order; an exception at a site becomes an error reply, as Flower makes it."""
-        del timeout
+        """Answer messages, in the grid's order; an exception at a site becomes an error reply, as Flower makes it."""
+        messages = list(messages)
+        for message in messages:
+            self.num_messages += 1
+            message.metadata.__dict__["_message_id"] = f"message {self.num_messages}"  # as Flower's own grids do
         by_node = {message.metadata.dst_node_id: message for message in messages}
-        replies = []
         for node in self.order:
             if node not in by_node:
                 continue
@@ -83,8 +77,20 @@ class InProcessGrid(Grid):
             if self.tamper is not None and reply is not None:
                 reply = self.tamper(reply, message.metadata.message_type)
             if reply is not None:
-                replies.append(reply)
-        return replies
+                self.replies.append(reply)
+        return [message.metadata.message_id for message in messages]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The answers to these messages that were not taken yet."""
+        wanted = set(message_ids)
+        taken = [reply for reply in self.replies if reply.metadata.reply_to_message_id in wanted]
+        self.replies = [reply for reply in self.replies if reply.metadata.reply_to_message_id not in wanted]
+        return taken
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """The answers to these messages."""
+        del timeout
+        return self.pull_messages(self.push_messages(messages))
 
 
 def run_in_process(

@@ -359,7 +359,7 @@ def _train_locally(
             yield terms | method.terms(seen.pop(), local)
 
     try:
-        take_steps(losses(), optimiser, f"site {data.site}, round {round_number}")
+        take_steps(losses(), optimiser, config.local_steps, f"site {data.site}, round {round_number}")
     finally:
         watch.remove()
 

@@ -16,9 +16,7 @@ from monai.networks.nets import DenseNet121
 from core.evaluation.embeddings import Embeddings
 from core.exchange import (
     ExchangeError,
-    SiteError,
     check_like,
-    error_kind,
     fingerprint,
     pack,
     pack_embeddings,
@@ -27,6 +25,7 @@ from core.exchange import (
     unpack_embeddings,
     unpack_groups,
 )
+from core.faults import SiteError, error_kind
 from core.moments import GroupMoments, MomentPolicy, site_moments
 from simulations.in_process import run_in_process
 

@@ -386,8 +386,8 @@ def test_a_bad_answer_stops_the_run_and_names_the_site(
 
 
 def test_a_site_that_was_started_anew_says_so(federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.app.keep_for_probes", lambda *_: None)
-    monkeypatch.setattr("client.app.let_out", lambda train, _: train)
+    monkeypatch.setattr("client.tasks.keep_for_probes", lambda *_: None)
+    monkeypatch.setattr("client.tasks.let_out", lambda train, _: train)
     with pytest.raises(RunError, match=r"a: this site must embed its scans before it evaluates, it was started anew"):
         federate("evaluation=sums", PERMISSIVE)
 

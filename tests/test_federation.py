@@ -144,6 +144,7 @@ def test_one_full_batch_step_of_a_per_scan_loss_equals_the_pooled_step() -> None
         take_steps(
             ({"cross_entropy": torch.nn.functional.cross_entropy(model(volumes), labels)} for _ in range(1)),
             torch.optim.SGD(model.parameters(), lr=0.5),
+            1,
             "here",
         )
         return dict(model.state_dict())
@@ -171,19 +172,19 @@ def test_moments_travel_once_an_exchange_and_a_site_that_lost_them_is_told_again
     one = federate(consortium, *options.split(), "num_rounds=1", name="one")
     three = federate(consortium, *options.split(), name="three")
     assert moments_told(three) == moments_told(one) > 0
-    original, rounds = InProcessGrid.send_and_receive, []
+    original, rounds = InProcessGrid.push_messages, []
 
-    def with_a_restart(self: InProcessGrid, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def with_a_restart(self: InProcessGrid, messages: Iterable[Message]) -> Iterable[str]:
         messages = list(messages)
         if len(messages) > 1 and messages[0].metadata.message_type == "train.pretrain":
             rounds.append(len(messages))
             if len(rounds) == 2:
                 self.contexts[1].state = RecordDict()
-        return original(self, messages, timeout=timeout)
+        return original(self, messages)
 
-    monkeypatch.setattr(InProcessGrid, "send_and_receive", with_a_restart)
+    monkeypatch.setattr(InProcessGrid, "push_messages", with_a_restart)
     restarted = federate(consortium, *options.split(), name="restarted")
-    assert "had lost what they were told and are asked again" in capsys.readouterr().out
+    assert "failed and is asked again: this site must be told the other sites' moments" in capsys.readouterr().out
     assert moments_told(one) < moments_told(restarted) < 2 * moments_told(one)
     expected = load_file(last(three))
     assert all(torch.equal(value, expected[name]) for name, value in load_file(last(restarted)).items())
@@ -287,8 +288,9 @@ def test_a_bad_answer_stops_the_run_without_quorum_and_not_with_one(
     consortium: Path, federate: Federate, how: Callable[[Message], Message | None], reason: str
 ) -> None:
     with pytest.raises(RunError, match=rf"(?s)round 1: at least 3 of 3 sites must answer.*b: .*{reason}"):
-        federate(consortium, name="strict", tamper=spoil("train.pretrain", how))
-    folder = federate(consortium, "strategy.min_sites=2", name="quorum", tamper=spoil("train.pretrain", how))
+        federate(consortium, "strategy.round_timeout_s=1", name="strict", tamper=spoil("train.pretrain", how))
+    options = "strategy.min_sites=2 strategy.round_timeout_s=1 num_rounds=1 evaluation=none finetune=none debias=none"
+    folder = federate(consortium, *options.split(), name="quorum", tamper=spoil("train.pretrain", how))
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert reason in rounds[0]["failures"]["b"]
     assert set(rounds[0]["sites"]) == {"a", "c"}
@@ -299,7 +301,7 @@ def test_every_site_failing_is_no_finished_run(consortium: Path, federate: Feder
     def explode(*_: object, **__: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("client.app.pretrain", explode)
+    monkeypatch.setattr("client.tasks.pretrain", explode)
     with pytest.raises(RunError, match=r"(?s)0 did.*a: incident .*b: incident .*c: incident "):
         federate(consortium, "strategy.min_sites=1", name="failing")
 
@@ -360,7 +362,7 @@ def test_an_unexpected_failure_leaves_an_incident_number_only(
     def explode(*_: object, **__: object) -> None:
         raise OSError("cannot open DOE^JOHN.nii.gz")
 
-    monkeypatch.setattr("client.app.pretrain", explode)
+    monkeypatch.setattr("client.tasks.pretrain", explode)
     with pytest.raises(RunError) as error:
         federate(consortium, name="incident")
     assert "DOE" not in str(error.value)
@@ -368,7 +370,7 @@ def test_an_unexpected_failure_leaves_an_incident_number_only(
 
 
 def test_a_site_with_other_code_is_refused(consortium: Path, federate: Federate, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.app.fingerprint", lambda: "0" * 64)
+    monkeypatch.setattr("client.tasks.fingerprint", lambda: "0" * 64)
     with pytest.raises(RunError, match="must run the server's code"):
         federate(consortium, name="other")
 

@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_no_scan(job: Callable[..., Jo
 
 def test_several_sites_are_averaged_by_their_scans_and_one_is_taken_as_it_is() -> None:
     def result(value: float, scans: int) -> TrainResult:
-        return TrainResult({"w": torch.tensor([value])}, scans, {}, 0.0, 0.0)
+        return TrainResult({"w": torch.tensor([value])}, scans, {}, 0.0, 0.0, 1)
 
     state = {"w": torch.zeros(1), "frozen": torch.ones(1)}
     assert average(state, {"b": result(4.0, 1), "a": result(0.0, 3)})["w"].item() == 1.0
@@ -203,7 +203,7 @@ def test_several_sites_are_averaged_by_their_scans_and_one_is_taken_as_it_is() -
 def counting(losses: list[float], made: list[int]) -> tuple[Callable[..., dict[str, TrainResult]], Callable[..., float]]:
     def train(state: dict[str, torch.Tensor], round_number: int) -> dict[str, TrainResult]:
         made.append(round_number)
-        return {"a": TrainResult({"w": state["w"] + 1}, 1, {"loss": 0.0}, 0.0, 0.0)}
+        return {"a": TrainResult({"w": state["w"] + 1}, 1, {"loss": 0.0}, 0.0, 0.0, 1)}
 
     return train, lambda state: losses[int(state["w"]) - 1]
 
@@ -234,12 +234,12 @@ from core.finetune_command import open_job, prepared, tune
 def lived(where, folder, overrides):
     if where.startswith("step"):
         left = [int(where[4:])]
-        def dying(losses, optimiser, text):
+        def dying(losses, optimiser, num_steps, text):
             left[0] -= 1
             if left[0] == 0:
                 next(iter(losses))
                 os.kill(os.getpid(), signal.SIGKILL)
-            return take_steps(losses, optimiser, text)
+            return take_steps(losses, optimiser, num_steps, text)
         take_steps, core.finetuning.take_steps = core.finetuning.take_steps, dying
     if where == "writing":
         def cut(path, data):

@@ -20,7 +20,16 @@ MAY_IMPORT = {
 }
 # One framework, one home: an upgrade touches the files of one concept.
 HOMES = {
-    "flwr": ("core/exchange.py", "client/app.py", "server/", "simulations/"),
+    "flwr": (
+        "core/exchange.py",
+        "client/app.py",
+        "client/jobs.py",
+        "client/tasks.py",
+        "client/w",
+        "client/supernode.py",
+        "server/",
+        "simulations/",
+    ),
     "ray": (),
     "hydra": ("core/config.py",),
     "omegaconf": ("core/config.py",),

@@ -30,11 +30,11 @@ class GrowingGrid(InProcessGrid):
         """The nodes connected by now."""
         return [node for node in self.order if self.late.get(node, 0) <= self.rounds]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As ever; rounds are counted."""
         messages = list(messages)
         self.rounds += any(message.metadata.message_type == "train.pretrain" for message in messages)
-        return super().send_and_receive(messages, timeout=timeout)
+        return super().push_messages(messages)
 
 
 @pytest.fixture
@@ -81,15 +81,15 @@ def test_a_site_that_connects_late_takes_part_from_the_next_round(
 def test_the_quorum_counts_a_late_site(consortium: Path, run_growing: RunGrowing, monkeypatch: pytest.MonkeyPatch) -> None:
     from server.sites import RunError
 
-    original = GrowingGrid.send_and_receive
+    original = GrowingGrid.pull_messages
 
-    def c_fails(self: GrowingGrid, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        replies = original(self, messages, timeout=timeout)
+    def c_fails(self: GrowingGrid, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = original(self, message_ids)
         return [reply for reply in replies if self.rounds < 2 or reply.metadata.src_node_id != 3]
 
-    monkeypatch.setattr(GrowingGrid, "send_and_receive", c_fails)
+    monkeypatch.setattr(GrowingGrid, "pull_messages", c_fails)
     with pytest.raises(RunError, match=r"(?s)round 2: at least 3 of 3 sites must answer .* 2 did.*c: no answer"):
-        run_growing(hospitals(consortium, "a", "b", "c"), {3: 1}, "data.pretrain_sites=null")
+        run_growing(hospitals(consortium, "a", "b", "c"), {3: 1}, "data.pretrain_sites=null", "strategy.round_timeout_s=1")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from client.site import holdings, this_site
 from core.config import ConfigError, load_config
 from core.data.manifest import UnusableScansError
 from core.data.site import ImageSource, VolumeStore
-from core.exchange import SiteError
+from core.faults import SiteError
 from server.app import agreed_inputs
 from server.sites import Node, RunError
 

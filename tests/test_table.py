@@ -22,7 +22,7 @@ from core.config import load_config
 from core.data.manifest import UnusableScansError, check_problem_share
 from core.data.site import SiteData
 from core.data.table import Columns, FeatureRows, TableError, TableSource
-from core.exchange import SiteError
+from core.faults import SiteError
 from core.models import MLP, build_pretrainer, split_constants
 from core.moments import MomentPolicy
 from core.scaling import input_sums, standardisation_from, without_rare_values

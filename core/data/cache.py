@@ -30,6 +30,7 @@ from torch import Tensor
 from core.data.decode import VolumeError
 from core.data.manifest import Manifest, Problem, Scan
 from core.data.volumes import VolumeSettings, load_mask, load_volume
+from core.progress import tell as tell_progress
 
 CODE_VERSION = 2
 """Part of every cache key: raise it whenever ``load_volume`` gives other values."""
@@ -311,6 +312,7 @@ def _logged_progress(plan: BuildPlan, folder: Path, site: str) -> Progress:
     def tell(ready: int, total: int) -> None:
         nonlocal told
         done, now = ready - (total - plan.num_missing), time.monotonic()
+        tell_progress("image", ready, total)
         if done and now - told > 30:
             told = now
             left = (now - started) / done * (total - ready)

@@ -1,0 +1,236 @@
+"""The site's warm worker, seen from outside: found or started, asked, replaced when it is lost or hangs.
+
+Flower starts a process for every message: importing torch, building the model, opening the cache and the GPU would cost seconds
+each time. The worker (`client.worker`) is one process of the site that keeps all that from message to message. It is reached over
+a socket in a folder that only the site's user may enter, serves code of one place only (that of the app that asks), and ends
+with the process that started the asking one: Flower's SuperExec, which ends with its SuperNode.
+"""
+
+import fcntl
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import RecordDict
+
+from client.jobs import Job, receive, send
+from core.faults import SiteError
+
+ROOT = Path(__file__).parents[1]
+SOCKET, LOCK, STOPPED, LOG = "socket", "lock", "stopped", "worker.log"
+START_S = 120.0
+BEAT_S = 2.0
+SILENCE_S = 60.0  # without a beat, a worker is taken for frozen
+PATIENCE_S = 3600.0  # without progress, a worker is taken for hung
+LONGEST_LOG = 20 << 20
+
+
+class WorkerLostError(Exception):
+    """The worker ended, or stopped responding, in the middle of a task."""
+
+
+def state_folder(node_config: Mapping[str, object]) -> Path:
+    """Where a site keeps what it needs between tasks: beside its ``site-file``, at ``state-root``, or in Flower's home."""
+    if "state-root" in node_config:
+        return Path(str(node_config["state-root"]))
+    if "site-file" in node_config:
+        return Path(str(node_config["site-file"])).parent / "state"
+    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
+    return home / "isocenter" / str(node_config.get("site", "site"))
+
+
+def private_folder(folder: Path) -> Path:
+    """The folder, made so that only its owner may enter it.
+
+    Raises:
+        SiteError: it is someone else's, or others may enter it.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise SiteError("state", "the site's state folder must be its user's alone (mode 700), it is open to others; mend that.")
+    return folder
+
+
+def patience_s(node_config: Mapping[str, object]) -> float:
+    """How long a worker may be without progress before it is taken for hung."""
+    return float(str(node_config.get("worker-patience-s", PATIENCE_S)))
+
+
+def ask_worker(job: Job) -> RecordDict:
+    """Have the worker carry a task out: the one that runs, or a new one; one that is lost on the way is replaced, once.
+
+    Raises:
+        SiteError: the task failed, or the worker was lost twice.
+    """
+    folder = private_folder(private_folder(state_folder(job.node_config)) / "worker")
+    for attempt in (1, 2):
+        with _alone(folder):
+            worker = connect(folder)
+            if worker is not None and (worker.root != str(ROOT) or worker.owner != os.getppid()):
+                worker.kill()
+                worker = None
+            worker = worker or start(folder)
+        try:
+            return worker.carry_out(job)
+        except WorkerLostError as error:
+            worker.kill()
+            if is_stopped(folder, job.run_id):
+                raise SiteError("stopped", "the run was stopped.") from None
+            if attempt == 2:
+                raise SiteError("worker", f"its worker {error} twice on the same task; see the site's local log.") from None
+    raise AssertionError("unreachable")
+
+
+@dataclass
+class Worker:
+    """A connection to the worker.
+
+    Attributes:
+        connection: the socket.
+        pid: its process.
+        root: folder of the code that it runs.
+        owner: the process it ends with.
+    """
+
+    connection: socket.socket
+    pid: int
+    root: str
+    owner: int
+
+    def carry_out(self, job: Job) -> RecordDict:
+        """Send a task and wait for its answer, as long as the worker lives and makes progress.
+
+        Raises:
+            SiteError: what the task failed with.
+            WorkerLostError: the worker ended or hangs.
+        """
+        about = {
+            "job": job.message_type,
+            "run_id": job.run_id,
+            "node_config": dict(job.node_config),
+            "run_config": dict(job.run_config),
+        }
+        limit = patience_s(job.node_config)
+        self.connection.settimeout(SILENCE_S)
+        try:
+            send(self.connection, about, received=job.received)
+            while (message := receive(self.connection)) is not None:
+                told, records = message
+                if "answer" in told:
+                    return records["answer"]
+                if "fault" in told:
+                    raise SiteError(*told["fault"])
+                if told["quiet_s"] > limit:
+                    raise WorkerLostError("made no progress")
+        except TimeoutError:
+            raise WorkerLostError("stopped responding") from None
+        except OSError:
+            pass
+        raise WorkerLostError("ended")
+
+    def stop(self, run_id: int) -> None:
+        """Have it give up what it does for a run."""
+        with suppress(OSError):
+            send(self.connection, {"stop": run_id})
+            receive(self.connection)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.connection.close()
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def connect(folder: Path) -> Worker | None:
+    """A connection to the worker of this folder; None where none answers.
+
+    Raises:
+        SiteError: who answers is another user's process.
+    """
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(10.0)
+    try:
+        with socket_path(folder) as path:
+            connection.connect(path)
+        uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1]
+        if uid != os.getuid():
+            raise SiteError("state", "the site's worker must be its user's own, another user's process answers; see its log.")
+        hello = receive(connection)
+    except OSError:
+        hello = None
+    if hello is None:
+        connection.close()
+        return None
+    told, _ = hello
+    return Worker(connection, told["pid"], told["root"], told["owner"])
+
+
+@contextmanager
+def socket_path(folder: Path) -> Iterator[str]:
+    """A path to the socket in a folder that is short enough for a socket (107 bytes), wherever the folder lies."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{SOCKET}"
+    finally:
+        os.close(descriptor)
+
+
+def start(folder: Path) -> Worker:
+    """Start a worker that ends with our parent, and connect to it.
+
+    Raises:
+        SiteError: it did not come up.
+    """
+    log_path = folder / LOG
+    if log_path.exists() and log_path.stat().st_size > LONGEST_LOG:
+        log_path.replace(log_path.with_suffix(".log.1"))
+    command = [sys.executable, "-P", "-m", "client.worker", str(folder), "--owner", str(os.getppid())]
+    # The worker must run the code of the app that asks, wherever Flower has put that.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline and process.poll() is None:
+        worker = connect(folder)
+        if worker is not None and worker.pid == process.pid:
+            return worker
+        time.sleep(0.02)
+    process.kill()
+    raise SiteError("worker", "its worker did not start; see the site's local log.")
+
+
+def mark_stopped(folder: Path, run_id: int) -> None:
+    """Note that a run is over, so that no worker takes up its tasks again."""
+    with (folder / STOPPED).open("a", encoding="ascii") as file:
+        file.write(f"{run_id}\n")
+
+
+def is_stopped(folder: Path, run_id: int) -> bool:
+    """Whether a run was noted to be over."""
+    path = folder / STOPPED
+    return path.exists() and str(run_id) in path.read_text(encoding="ascii").split()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time looks for a worker and starts one."""
+    with (folder / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

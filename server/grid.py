@@ -1,0 +1,265 @@
+"""Asking sites and waiting for them, with patience that ends: Flower's grid behind our rules.
+
+Flower sends, waits for everyone until one fixed time, forgets who did not answer and sends them more. Here who is missing is
+named every minute; a site that still owes an answer, or is not connected, is sent nothing; what comes too late is kept for who
+wants it; and with a quorum a round ends at a deadline.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+log = logging.getLogger("isocenter")
+
+NOTICE_S = 60.0
+LOOK_S = 5.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+UNAVAILABLE = 5  # Flower's code of an answer that a lost node will not give
+
+
+@dataclass(frozen=True)
+class Debt:
+    """A question that a site has not answered in time.
+
+    Attributes:
+        message_id: Flower's.
+        message_type: Flower's.
+        round_number: of the run's stage; None outside of rounds.
+        stage: of the run; "" outside of rounds.
+        asked: time of the clock.
+    """
+
+    message_id: str
+    message_type: str
+    round_number: int | None
+    stage: str
+    asked: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How long to wait.
+
+    Attributes:
+        enough: answers that are enough once the deadline has passed; None: everybody's.
+        deadline_s: from the question on; None: no other than the timeout.
+        round_number: of the run's stage, for what is told; None outside of rounds.
+        stage: of the run.
+    """
+
+    enough: int | None = None
+    deadline_s: float | None = None
+    round_number: int | None = None
+    stage: str = ""
+
+
+class Pace:
+    """A deadline for rounds, learned from those before: a multiple of their median, and never less than a floor.
+
+    >>> pace = Pace(factor=3.0, floor_s=30.0)
+    >>> pace.deadline_s() is None
+    True
+    >>> for seconds in (20.0, 24.0, 400.0): pace.learn(seconds)
+    >>> pace.deadline_s()
+    72.0
+    """
+
+    def __init__(self, factor: float, floor_s: float, rounds: int = 5) -> None:
+        self.factor, self.floor_s = factor, floor_s
+        self.seconds: deque[float] = deque(maxlen=rounds)
+
+    def learn(self, seconds: float) -> None:
+        """Take in how long a round took until its quorum had answered."""
+        self.seconds.append(seconds)
+
+    def deadline_s(self) -> float | None:
+        """Seconds that a round may take; None before the first."""
+        return max(self.floor_s, self.factor * median(self.seconds)) if self.seconds else None
+
+
+class PatientGrid:
+    """Flower's grid with the rules above.
+
+    Attributes:
+        rule: how long to wait, until it is set anew.
+        debts: by node, what it owes.
+        late: by node, answers that came after their time: the debt and the message.
+        sent: messages of the last question, less those to nodes that were not asked.
+        unanswered: of the last question, by node, why there is no answer: kind and sentence.
+        quorum_s: seconds until ``rule.enough`` had answered the last question; None where they have not.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        on_move: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.grid, self.clock, self.sleep, self.on_move = grid, clock, sleep, on_move
+        self.rule = Rule()
+        self.names: dict[int, str] = {}
+        self.debts: dict[int, Debt] = {}
+        self.late: dict[int, tuple[Debt, Message]] = {}
+        self.unanswered: dict[int, tuple[str, str]] = {}
+        self.waiting: dict[int, Debt] = {}
+        self.answered: dict[int, float] = {}
+        self.quorum_s: float | None = None
+        self.sent: list[Message] = []
+        self._node_of: dict[str, int] = {}
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """The answers that came in time; why there is none from a node is in ``unanswered``."""
+        messages = list(messages)
+        began = self.clock()
+        self.unanswered, self.answered, self.quorum_s = {}, {}, None
+        if self.rule.enough is None:
+            self._wait_for_debts({message.metadata.dst_node_id for message in messages}, began, timeout)
+        self.collect_late()
+        connected = set(self.grid.get_node_ids())
+        sent = self.sent = []
+        for message in messages:
+            node = message.metadata.dst_node_id
+            if debt := self.debts.get(node):
+                self.unanswered[node] = (
+                    "busy",
+                    f"still works on {told(debt)}, for {began - debt.asked:.0f} s; nothing was sent.",
+                )
+            elif node not in connected:
+                self.unanswered[node] = ("away", "is not connected; nothing was sent.")
+            else:
+                sent.append(message)
+        self.waiting = {}
+        for message, message_id in zip(sent, self.grid.push_messages(sent) if sent else (), strict=True):
+            about = message.metadata
+            self.waiting[about.dst_node_id] = Debt(
+                message_id, about.message_type, self.rule.round_number, self.rule.stage, self.clock()
+            )
+            self._node_of[message_id] = about.dst_node_id
+        replies = self._wait(self.clock(), timeout)
+        for node, debt in self.waiting.items():
+            self.debts[node] = debt
+            self.unanswered[node] = ("late", f"no answer within {self.clock() - debt.asked:.0f} s.")
+        self.waiting = {}
+        self.on_move()
+        return replies
+
+    def _wait_for_debts(self, nodes: Collection[int], began: float, timeout: float | None) -> None:
+        """Where everybody's answer is needed, let who is still busy finish first."""
+        noticed = began - NOTICE_S
+        while busy := sorted(self.name(node) for node in self.debts if node in nodes):
+            self.collect()
+            now = self.clock()
+            if timeout is not None and now - began >= timeout:
+                return
+            if now - noticed >= NOTICE_S:
+                noticed = now
+                log.info("waiting for %s to finish earlier work", ", ".join(busy))
+            self.sleep(LONGEST_PAUSE_S)
+
+    def _wait(self, began: float, timeout: float | None) -> list[Message]:
+        """Answers until all have come, or the rule or the timeout ends it."""
+        replies: list[Message] = []
+        good, pause, noticed, looked = 0, SHORTEST_PAUSE_S, began, began
+        while self.waiting:
+            for message in self.collect():
+                replies.append(message)
+                good += not message.has_error()
+                pause = SHORTEST_PAUSE_S
+            now = self.clock()
+            if self.rule.enough is not None and good >= self.rule.enough:
+                self.quorum_s = self.quorum_s if self.quorum_s is not None else now - began
+            over = self.rule.deadline_s is not None and now - began >= self.rule.deadline_s
+            if not self.waiting or (over and self.quorum_s is not None) or (timeout is not None and now - began >= timeout):
+                break
+            if now - looked >= LOOK_S:
+                looked = now
+                self.on_move()
+            if now - noticed >= NOTICE_S:
+                noticed = now
+                self.name_missing(now)
+            self.sleep(pause)
+            pause = min(LONGEST_PAUSE_S, 1.2 * pause)
+        return replies
+
+    def collect(self) -> list[Message]:
+        """Answers to the question that is open; those to earlier ones go to ``late``."""
+        by_id = {debt.message_id: node for node, debt in (*self.waiting.items(), *self.debts.items())}
+        replies = []
+        for message in self.grid.pull_messages(list(by_id)) if by_id else ():
+            node = by_id[message.metadata.reply_to_message_id]
+            if node in self.waiting and self.waiting[node].message_id == message.metadata.reply_to_message_id:
+                debt = self.waiting.pop(node)
+                self.answered[node] = self.clock() - debt.asked
+                replies.append(message)
+                self.on_move()
+                continue
+            debt = self.debts.pop(node)
+            if not message.has_error():
+                self.late[node] = (debt, message)
+            log.info("%s has %s %s, late", self.name(node), "failed at" if message.has_error() else "answered", told(debt))
+        return replies
+
+    def collect_late(self) -> None:
+        """Take in what came since the last question."""
+        if self.debts:
+            self.collect()
+
+    def node_of(self, reply: Message) -> int:
+        """The node that was asked; an answer in place of a lost node's has Flower itself for its source."""
+        return self._node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
+
+    def name(self, node: int) -> str:
+        """The site's name, or the node's number where it has not told one."""
+        return self.names.get(node, f"node {node}")
+
+    def name_missing(self, now: float) -> None:
+        """Log who has not answered yet, for how long, and whether it is connected."""
+        connected = set(self.grid.get_node_ids())
+        for node, debt in sorted(self.waiting.items(), key=lambda item: self.name(item[0])):
+            state = "it is connected" if node in connected else "it is NOT connected"
+            log.info("waiting for %s, asked for %s %.0f s ago; %s", self.name(node), told(debt), now - debt.asked, state)
+
+    def wait_until_connected(self, nodes: Iterable[int], enough: int, limit_s: float) -> set[int]:
+        """Wait for enough of the nodes to be connected, naming the missing every minute; those that are connected in the end."""
+        wanted, began = set(nodes), self.clock()
+        noticed = began - NOTICE_S
+        while True:
+            missing = wanted - set(self.grid.get_node_ids())
+            now = self.clock()
+            if len(wanted) - len(missing) >= enough or now - began >= limit_s:
+                return wanted - missing
+            if now - noticed >= NOTICE_S:
+                noticed = now
+                names = ", ".join(sorted(map(self.name, missing)))
+                log.warning("waiting for %s to connect, up to %.0f s more", names, limit_s - (now - began))
+                self.on_move()
+            self.sleep(LONGEST_PAUSE_S)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Numbers of the connected nodes."""
+        return self.grid.get_node_ids()
+
+
+def told(debt: Debt) -> str:
+    """A question in words.
+
+    >>> told(Debt("", "train.pretrain", 3, "pretrain", 0.0)), told(Debt("", "query.describe", None, "", 0.0))
+    ('pretrain round 3', 'describe')
+    """
+    what = debt.message_type.partition(".")[2]
+    if debt.round_number is None:
+        return what
+    return f"{debt.stage} round {debt.round_number}" + ("" if debt.message_type.startswith("train.") else f" ({what})")
+
+
+def by_name(nodes: Mapping[int, str]) -> list[tuple[int, str]]:
+    """Nodes and names in the order of the names."""
+    return sorted(nodes.items(), key=lambda item: item[1])
