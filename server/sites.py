@@ -10,7 +10,7 @@ from typing import TypeVar
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from core.exchange import ExchangeError, State, array_bytes, content, error_kind, fingerprint, pack
+from core.exchange import ExchangeError, State, array_bytes, check_size, content, error_kind, fingerprint, pack
 
 log = logging.getLogger("isocenter")
 
@@ -46,12 +46,14 @@ class Sites:
     Attributes:
         grid: Flower's.
         timeout_s: how long an answer may take.
+        max_message_mb: a larger answer is a failure.
         traffic: bytes of arrays that crossed, by (what they are, "to sites" or "from sites").
         constants: weights that no one trains. They travel once: a site keeps them for the run.
     """
 
     grid: Grid
     timeout_s: float
+    max_message_mb: float = 2048.0
     traffic: Counter[tuple[str, str]] = field(default_factory=Counter)
     constants: State = field(default_factory=dict)
     _holders: set[int] = field(default_factory=set)
@@ -80,7 +82,14 @@ class Sites:
         self.count(messages, "to sites")
         replies = list(self.grid.send_and_receive(messages, timeout=self.timeout_s))
         self.count(replies, "from sites")
-        return sort_replies(nodes, replies, time.monotonic() - started)
+        answers, failures = sort_replies(nodes, replies, time.monotonic() - started)
+        for site, answer in list(answers.items()):
+            try:
+                check_size(answer, self.max_message_mb, f"site {site}")
+            except ExchangeError as error:
+                failures[site] = ("exchange", str(error))
+                del answers[site]
+        return answers, failures
 
     def gather(
         self,
@@ -95,8 +104,10 @@ class Sites:
         for site, answer in answers.items():
             try:
                 values[site] = read(answer, f"site {site}")
-            except (ExchangeError, KeyError) as error:
+            except ExchangeError as error:
                 failures[site] = ("exchange", str(error))
+            except KeyError as error:
+                failures[site] = ("exchange", f"site {site}: the answer must hold {error}, it does not.")
         return values, failures
 
     def set_constants(self, nodes: Mapping[int, str], constants: State) -> None:
