@@ -47,6 +47,7 @@ from core.exchange import (
     check_size,
     content,
     fingerprint,
+    of_message,
     pack,
     pack_embeddings,
     pack_groups,
@@ -129,7 +130,7 @@ def at_site(function: Task) -> Handler:
             config = load_config(str(context.run_config.get("overrides", "")))
             received = message.content
             check_size(received, config.strategy.max_message_mb, "server")
-            if received.config_records["config"]["fingerprint"] != fingerprint():
+            if of_message(received.config_records, "config", "server").get("fingerprint") != fingerprint():
                 raise SiteError("code", "this site must run the server's code, got another; stop the old SuperLink.")
             site = this_site(context.node_config, config)
             if site.threads is not None:
@@ -554,11 +555,17 @@ def query_features(work: Work) -> RecordDict:
     return content(sums=ArrayRecord({"sums": Array(sums_3F.numpy())}), metrics=MetricRecord({"columns": columns}))
 
 
+def received_reference(work: Work, features: int) -> Reference:
+    """What the probes' features are standardised by."""
+    record = of_message(work.received.array_records, "probes-reference", "server")
+    return unpack_message(Reference, record, "server", mean_D=(features,), scale_D=(features,))
+
+
 @task(app.query("groups"))
 def query_groups(work: Work) -> RecordDict:
     """Means of groups of the site's standardised representations, from which the directions that probes see are chosen."""
     train = let_out(kept_for_probes(work, "train"), work.site.moments)
-    reference = unpack_message(Reference, work.received.array_records["probes-reference"], "server")
+    reference = received_reference(work, train.x_NF.shape[1])
     means = group_means(replace(train, x_NF=standardised(train.x_NF, reference)), work.site.moments)
     return content(**{"probes-groups": pack_message(means)})
 
@@ -567,10 +574,13 @@ def query_groups(work: Work) -> RecordDict:
 def query_probes(work: Work) -> RecordDict:
     """Project the representations that were kept, and tell the moments that the probes asked for are fitted from."""
     records = work.received.array_records
-    reference = unpack_message(Reference, records["probes-reference"], "server")
+    kept = [kept_for_probes(work, split).x_NF for split in ("train", "test")]
+    features = kept[0].shape[1]
     directions_KF = tensor(records["probes-directions"]["directions"], "server: directions", ndim=2)
+    if directions_KF.shape[1] != features:
+        raise ExchangeError(f"server: directions must be of {features} features, got {directions_KF.shape[1]}.")
     check_finite({"directions": directions_KF}, "server")
-    train, test = (standardised(kept_for_probes(work, split).x_NF, reference, directions_KF) for split in ("train", "test"))
+    train, test = (standardised(x_NF, received_reference(work, features), directions_KF) for x_NF in kept)
     keep_for_probes(work, train, test)
     about = work.received.config_records["config"]
     wanted, seen = cast(list[str], about["probes"]), cast(int, about["seen"])

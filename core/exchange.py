@@ -240,20 +240,10 @@ def check_size(message: RecordDict, most_mb: float, where: str) -> None:
 
 
 KINDS = frozenset(
-    [
-        "weights",
-        "constants",
-        "sums",
-        "reference",
-        "moments",
-        "scanners",
-        "candidates",
-        "hits",
-        "eraser",
-        "probes",
-        "embeddings",
-        "predictions",
-    ]
+    (
+        *("weights", "constants", "sums", "reference", "moments", "scanners", "candidates", "hits", "eraser", "probes"),
+        *("embeddings", "predictions"),
+    )
 )
 """What arrays are; whatever else a message calls its own is counted as other."""
 

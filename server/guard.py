@@ -125,11 +125,14 @@ class UpdateGuard:
         if sorted(trained) != self._trained:
             self._trained, self._norms = sorted(trained), []
         self._norms = [(number, norm) for number, norm in self._norms if round_number - WINDOW_ROUNDS <= number < round_number]
-        known = [norm for norm in [*norms.values(), *(norm for _, norm in self._norms)] if norm > 0]
+        known = [norm for norm in [*norms.values(), *(norm for _, norm in self._norms)] if 0 < norm < math.inf]
         usual = statistics.median_low(known) if len(known) >= MIN_NORMS else math.inf
         refused: dict[str, str] = {}
         factors: dict[str, float] = {}
         for site, norm in norms.items():
+            if not math.isfinite(norm):
+                refused[site] = f"site {site}: the norm of an update must be finite, it is too large for a number."
+                continue
             if self.reject_norm is not None and norm > self.reject_norm * usual:
                 refused[site] = (
                     f"site {site}: the norm of an update must be at most {self.reject_norm:g} times the usual {usual:.3g}, got "
