@@ -29,8 +29,8 @@ from core.exchange import (
 
 log = logging.getLogger("isocenter")
 
-WINDOW_ROUNDS = 5
-"""Rounds whose norms the running median is over, beside the present one."""
+WINDOW_ROUNDS = 3
+"""Rounds whose norms the running median is over, beside the present one; few, for norms fall with the learning rate."""
 MIN_NORMS = 3
 """Fewer norms, of one round or several, tell no usual one."""
 MAX_NUMBERS = 100

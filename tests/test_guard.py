@@ -379,7 +379,7 @@ def test_the_usual_norm_is_of_the_last_rounds_and_what_was_refused_is_not_in_it(
         assert (set(refused), factors) == (set(), {})
         refused, _ = guard.judge(number, {"a": 1.0, "b": 1.1, "c": 12.0}, ["w"])
         assert set(refused) == {"c"}
-    assert {number for number, _ in guard.state()["norms"]} == {3, 4, 5, 6, 7, 8}
+    assert {number for number, _ in guard.state()["norms"]} == {5, 6, 7, 8}
 
 
 def test_sites_that_send_back_what_they_were_sent_do_not_make_the_others_unusual() -> None:
