@@ -42,13 +42,19 @@ from core.exchange import (
     PRIVACY,
     ExchangeError,
     State,
+    check_finite,
+    check_like,
+    check_names,
+    check_size,
     content,
     fingerprint,
+    of_message,
     pack,
     pack_embeddings,
     pack_groups,
     pack_message,
     pack_predictions,
+    tensor,
     unpack,
     unpack_eraser,
     unpack_groups,
@@ -58,7 +64,16 @@ from core.exchange import (
 )
 from core.faults import SiteError
 from core.finetuning import averaged_logits, finetune, labelled, num_classes, predict, training_scans, validation_loss
-from core.models import CONSTANTS, Classifier, Pretrainer, Standardise, build_classifier, build_pretrainer, num_erased
+from core.models import (
+    CONSTANTS,
+    Classifier,
+    Pretrainer,
+    Standardise,
+    build_classifier,
+    build_pretrainer,
+    num_erased,
+    split_constants,
+)
 from core.moments import GroupMoments, Reference, feature_sums, groups_of, site_moments, told_subjects
 from core.privacy import harden
 from core.scaling import input_sums, without_rare_values
@@ -117,8 +132,9 @@ def carry_out(job: Job) -> RecordDict:
     """
     try:
         config = load_config(str(job.run_config.get("overrides", "")))
-        about = job.received.config_records["config"]
-        if about["fingerprint"] != fingerprint():
+        check_size(job.received, config.strategy.max_message_mb, "server")
+        about = of_message(job.received.config_records, "config", "server")
+        if about.get("fingerprint") != fingerprint():
             raise SiteError("code", "this site must run the server's code, got another; stop the old SuperLink.")
         site = this_site(job.node_config, config)
         if site.threads is not None:
@@ -167,7 +183,9 @@ def constants(work: Work) -> State:
         return {}
     if "constants" not in work.memory.array_records:
         raise SiteError("constants", "this site must be told the run's constants, it has none: it was started anew.")
-    return unpack(work.memory.array_records["constants"], str(work.memory.config_records["constants-layout"]["layout"]))
+    return unpack(
+        work.memory.array_records["constants"], work.memory.config_records["constants-layout"]["layout"], "server's constants"
+    )
 
 
 def received_model(work: Work) -> Pretrainer:
@@ -182,8 +200,14 @@ def received_model(work: Work) -> Pretrainer:
         spatial_dims=work.config.data.spatial_dims,
         num_erased=num_erased(told),
     )
-    load_strictly(model, unpack_state(work.received) | told)
+    load_strictly(model, received_weights(work, model) | told)
     return model.to(work.site.device)
+
+
+def received_weights(work: Work, model: torch.nn.Module) -> State:
+    """The weights received, which must be those that the model has, but for the constants."""
+    own, _ = split_constants(model.state_dict())
+    return unpack_state(work.received, where="server", expected=own)
 
 
 def received_classifier(work: Work) -> Classifier:
@@ -197,13 +221,13 @@ def received_classifier(work: Work) -> Classifier:
         spatial_dims=work.config.data.spatial_dims,
         num_erased=num_erased(told),
     )
-    load_strictly(model, unpack_state(work.received) | told)
+    load_strictly(model, received_weights(work, model) | told)
     return model.to(work.site.device)
 
 
 def trained(result: TrainResult, work: Work) -> RecordDict:
     """The answer to a training task: the weights that it trained."""
-    received = unpack_state(work.received)
+    received = unpack_state(work.received, where="server")
     before = {name: value for name, value in received.items() if name in result.state}
     after = {name: result.state[name].detach().cpu() for name in before}
     arrays, layout = pack(harden(after, before, work.config.privacy))
@@ -243,7 +267,10 @@ def describe(work: Work) -> RecordDict:
 @task("query.constants")
 def keep_constants(work: Work) -> RecordDict:
     """Keep the weights that no one trains for the run."""
-    unpack_state(work.received, "constants")
+    num_inputs, told = work.held.store.num_inputs, unpack_state(work.received, "constants", where="server")
+    directions = min(num_erased(told), num_inputs)
+    expected = {f"{CONSTANTS}{name}": value for name, value in Standardise(num_inputs, directions).state_dict().items()}
+    check_like(told, expected, "server: constants")
     work.memory.array_records["constants"] = work.received.array_records["constants"]
     work.memory.config_records["constants-layout"] = work.received.config_records["config"]
     return content()
@@ -254,6 +281,8 @@ def others_moments(work: Work) -> dict[str, ArrayRecord]:
     exchange = cast(int, work.received.config_records["config"]["exchange"])
     kinds = ("moments", "reference")
     received = {name: record for name, record in work.received.array_records.items() if name.partition("-")[0] in kinds}
+    if odd := set(received) - {f"{kind}-{space}" for kind in kinds for space in work.config.debias.spaces}:
+        raise ExchangeError(f"server: moments must be of {list(work.config.debias.spaces)}, got {len(odd)} of something else.")
     kept = {name.removeprefix(KEPT): record for name, record in work.memory.array_records.items() if name.startswith(KEPT)}
     if received:
         for name in kept:
@@ -410,10 +439,13 @@ def query_scanners(work: Work) -> RecordDict:
 def query_hits(work: Work) -> RecordDict:
     """How often a subject of the site is nearest to its own scanner's mean, by how many directions are erased."""
     standard_NF, given_NP, scanner_N = scanner_features(work)
-    arrays = {name: torch.from_numpy(array.numpy().copy()) for name, array in work.received.array_records["candidates"].items()}
+    candidates = work.received.array_records["candidates"]
+    check_names(candidates, ("means", "directions"), "server: candidates")
+    arrays = {name: tensor(array, f"server: the {name}", ndim=2) for name, array in candidates.items()}
     told = told_scanners(given_NP, scanner_N, work.site.moments)
     first = cast(int, work.received.config_records["config"]["first"])
-    if any(value.ndim != 2 or value.shape[1] != standard_NF.shape[1] for value in arrays.values()) or not (
+    check_finite(arrays, "server: candidates")
+    if any(value.shape[1] != standard_NF.shape[1] for value in arrays.values()) or not (
         0 <= first <= len(arrays["means"]) - len(told)
     ):
         raise ExchangeError(f"server: candidates must be means and directions of {standard_NF.shape[1]} features, with our rows.")
@@ -493,7 +525,7 @@ def kept_for_probes(work: Work, split: str) -> Subjects:
     data = probed(work, split)
     scanners = sorted({scan.scanner for part in work.held.splits.values() for scan in part.scans})
     return Subjects(
-        x_NF=torch.from_numpy(work.memory.array_records["probed"][split].numpy().copy()),
+        x_NF=tensor(work.memory.array_records["probed"][split], f"kept {split}", dtypes=("<f8",), ndim=2),
         age_N=data.ages(),
         male_N=data.sexes(),
         patient_N=data.patients(),
@@ -526,11 +558,17 @@ def query_features(work: Work) -> RecordDict:
     return content(sums=ArrayRecord({"sums": Array(sums_3F.numpy())}), metrics=MetricRecord({"columns": columns}))
 
 
+def received_reference(work: Work, features: int) -> Reference:
+    """What the probes' features are standardised by."""
+    record = of_message(work.received.array_records, "probes-reference", "server")
+    return unpack_message(Reference, record, "server", mean_D=(features,), scale_D=(features,))
+
+
 @task("query.groups")
 def query_groups(work: Work) -> RecordDict:
     """Means of groups of the site's standardised representations, from which the directions that probes see are chosen."""
     train = let_out(kept_for_probes(work, "train"), work.site.moments)
-    reference = unpack_message(Reference, work.received.array_records["probes-reference"], "server")
+    reference = received_reference(work, train.x_NF.shape[1])
     means = group_means(replace(train, x_NF=standardised(train.x_NF, reference)), work.site.moments)
     return content(**{"probes-groups": pack_message(means)})
 
@@ -539,9 +577,13 @@ def query_groups(work: Work) -> RecordDict:
 def query_probes(work: Work) -> RecordDict:
     """Project the representations that were kept, and tell the moments that the probes asked for are fitted from."""
     records = work.received.array_records
-    reference = unpack_message(Reference, records["probes-reference"], "server")
-    directions_KF = torch.from_numpy(records["probes-directions"]["directions"].numpy().copy())
-    train, test = (standardised(kept_for_probes(work, split).x_NF, reference, directions_KF) for split in ("train", "test"))
+    kept = [kept_for_probes(work, split).x_NF for split in ("train", "test")]
+    features = kept[0].shape[1]
+    directions_KF = tensor(records["probes-directions"]["directions"], "server: directions", ndim=2)
+    if directions_KF.shape[1] != features:
+        raise ExchangeError(f"server: directions must be of {features} features, got {directions_KF.shape[1]}.")
+    check_finite({"directions": directions_KF}, "server")
+    train, test = (standardised(x_NF, received_reference(work, features), directions_KF) for x_NF in kept)
     keep_for_probes(work, train, test)
     about = work.received.config_records["config"]
     wanted, seen = cast(list[str], about["probes"]), cast(int, about["seen"])
@@ -553,7 +595,8 @@ def query_probes(work: Work) -> RecordDict:
 def query_gradient(work: Work) -> RecordDict:
     """The site's part of a step of a logistic probe."""
     train = let_out(kept_for_probes(work, "train"), work.site.moments)
-    class_weight_K = torch.from_numpy(work.received.array_records["probes-weights"]["weights"].numpy().copy())
+    class_weight_K = tensor(work.received.array_records["probes-weights"]["weights"], "server: weights of classes", ndim=1)
+    check_finite({"weights of classes": class_weight_K}, "server")
     [(name, probe)] = received_probes(work).items()
     part = probe_gradient(name, probe, class_weight_K, train, site=work.site.name, policy=work.site.moments)
     return content(**{"probes-gradient": pack_message(part)})

@@ -18,7 +18,7 @@ starts      what training begins with
 finetuning  encoder and head on labelled scans; segmentation: encoder inside a U-shaped net, Dice
 rounds      rounds inside one process, resumable; finetune_command: `isocenter finetune`
 privacy     DP-SGD for fine-tuning, hardening of what leaves a site
-exchange    what crosses the wire
+exchange    what crosses the wire; npy: arrays from a stranger
 checkpoint  weights on disk
 export      encoders for others: load_encoder, TorchScript, model card, MONAI bundle
 evaluation  site-effect removal, probes, intervals

@@ -324,7 +324,9 @@ def _check_labels(where: str, labels: Sequence[str]) -> None:
 class StrategyConfig(Closed):
     """How the server waits, averages and keeps."""
 
-    name: Literal["fedavg"]
+    name: Literal["fedavg", "trimmed_mean", "median"]
+    aggregate: Literal["mean", "trimmed_mean", "median"]
+    trim_share: Annotated[float, Field(ge=0.01, lt=0.5)]
     min_sites: Count | None
     round_timeout_s: Positive
     wait_for_sites_s: Positive
@@ -334,6 +336,36 @@ class StrategyConfig(Closed):
     exclude_after: Count
     admit_late: bool
     keep_checkpoints: Count
+    reject_norm: Annotated[float, Field(gt=1, lt=float("inf"))] | None
+    clip_norm: Annotated[float, Field(ge=1, lt=float("inf"))] | None
+    max_weight_share: Annotated[float, Field(gt=0, lt=1)] | None
+    max_message_mb: Positive
+
+    @property
+    def fewest_sites(self) -> tuple[int, str]:
+        """How many sites must answer in a round for their average to be what is asked for, and what asks for them."""
+        if self.aggregate == "trimmed_mean":
+            # As Flower counts those that it leaves out at either end.
+            fewest = next(n for n in range(3, 1000) if int(self.trim_share * n) >= 1)
+            return fewest, f"strategy.trim_share={self.trim_share:g}"
+        if self.aggregate == "median":
+            return 3, "strategy.aggregate=median"
+        if self.max_weight_share is not None:
+            return math.ceil(1 / self.max_weight_share - 1e-9), f"strategy.max_weight_share={self.max_weight_share:g}"
+        return 1, "strategy.aggregate=mean"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "StrategyConfig":
+        if self.aggregate != "mean" and self.max_weight_share is not None:
+            raise ValueError(
+                f"max_weight_share must be null with aggregate={self.aggregate}, got {self.max_weight_share:g}: sites weigh alike"
+            )
+        if None not in (self.clip_norm, self.reject_norm) and self.clip_norm >= self.reject_norm:  # type: ignore[operator]
+            raise ValueError(f"clip_norm must be less than reject_norm, got {self.clip_norm:g} and {self.reject_norm:g}")
+        fewest, why = self.fewest_sites
+        if self.min_sites is not None and self.min_sites < fewest:
+            raise ValueError(f"min_sites must be at least {fewest} with {why}, got {self.min_sites}; null asks for all sites")
+        return self
 
 
 class FinetuneConfig(Closed):

@@ -29,8 +29,10 @@ from core.report_record import RunRecord
 from core.scaling import standardisation_from, standardising
 from core.stages import STAGES, StageName
 from core.starts import Start, StartError, load_start, read_start
+from server.average import check_enough
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
 from server.grid import PatientGrid
+from server.guard import read_about
 from server.sites import Answer, Node, RunError, Sites, reasons
 from server.strategy import MIN_CONTRAST_SUBJECTS, NOTHING_ERASED, SiteRounds, eraser_from, read_scanners, read_sums
 
@@ -69,11 +71,12 @@ def carry_out(grid: Grid, context: Context) -> None:
     if config.finetune.label_maps is not None and config.finetune.stages:
         raise RunError("finetune.label_maps: segmentation is for `isocenter finetune` alone; set it to null, or finetune=none.")
     folder = new_run_folder(config)
-    sites = Sites(PatientGrid(grid), config.strategy.round_timeout_s)
+    sites = Sites(PatientGrid(grid), config.strategy.round_timeout_s, config.strategy.max_message_mb)
     nodes = wait_for_sites(sites, config)
     results = Results()
     pretraining, targets = choose_sites(nodes, config, results), choose_targets(nodes, config)
     tell_targets(targets, config, results)
+    check_average(config, pretraining, targets)
     everyone = {node.node_id: node.site for node in nodes}
     evaluated = everyone if config.data.pretrain_sites is None else {**pretraining, **targets}
     num_inputs = agreed_inputs(nodes, config.data.inputs)
@@ -195,14 +198,10 @@ def wait_for_sites(sites: Sites, config: RunConfig) -> list[Node]:
     log.info("%d sites connected; they read and check their scans", len(node_ids))
     task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
     unnamed = {node: f"node {node}" for node in node_ids}
-    answers, failures = sites.ask(unnamed, "query.describe", lambda _: task)
+    answers, failures = sites.gather(unnamed, "query.describe", task, read_about)
     if failures:
         raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
-    nodes = [
-        Node(node, str(about["site"]), dict(about))
-        for node in node_ids
-        for about in [answers[unnamed[node]].config_records["config"]]
-    ]
+    nodes = [Node(node, str(about["site"]), about) for node in node_ids for about in [answers[unnamed[node]]]]
     names = [node.site for node in nodes]
     if len(set(names)) < len(names):
         raise RunError(f"sites: every node must have a name of its own, got {sorted(names)}. Mend --node-config.")
@@ -351,6 +350,15 @@ def prepare_inputs(
         return
     sites.set_constants(nodes, standardising(reference, eraser))
     sites.set_constants(nodes, standardising(reference, eraser, standardisation()))
+
+
+def check_average(config: RunConfig, pretraining: Mapping[int, str], targets: Mapping[int, str]) -> None:
+    """Refuse before the first round a way to average that the sites of a later stage would be too few for."""
+    fewest = config.strategy.min_sites
+    if config.num_rounds:
+        check_enough(config.strategy, min(fewest or len(pretraining), len(pretraining)), "pretraining")
+    if config.finetune.stages and targets and config.finetune.where == "federated":
+        check_enough(config.strategy, min(fewest or len(targets), len(targets)), "fine-tuning")
 
 
 def tell_targets(targets: Mapping[int, str], config: RunConfig, results: Results) -> None:

@@ -36,6 +36,7 @@ from core.exchange import (
     State,
     content,
     fingerprint,
+    of_message,
     pack,
     pack_eraser,
     pack_message,
@@ -106,7 +107,7 @@ def collect_embeddings(sites: Sites, nodes: Mapping[int, str], state: State) -> 
     answers, failures = sites.ask(nodes, "query.embed", lambda _: task)
     parts = []
     for site, answer in answers.items():
-        parts.append(unpack_embeddings(answer.array_records["embeddings"]))
+        parts.append(unpack_embeddings(of_message(answer.array_records, "embeddings", f"site {site}"), f"site {site}"))
         if set(parts[-1].site.tolist()) != {site}:
             raise RunError(f"site {site}: embeddings must be its own, got another site's name. Ask the site for its log.")
     return Embeddings.concatenate(parts) if parts else None, refusals(failures)
@@ -143,7 +144,8 @@ def score_predictions(
     target = config.finetune.target
     parts = []
     for site, answer in answers.items():
-        parts.append(unpack_predictions(answer.array_records["predictions"], target, f"site {site}"))
+        record = of_message(answer.array_records, "predictions", f"site {site}")
+        parts.append(unpack_predictions(record, target, f"site {site}"))
         if set(parts[-1].site.tolist()) - {site}:
             raise RunError(f"site {site}: predictions must be its own, got another site's name. Ask the site for its log.")
     joined = Predictions.concatenate(parts)

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from core.exchange import ExchangeError, State, array_bytes, content, fingerprint, pack
+from core.exchange import ExchangeError, State, array_bytes, check_size, content, fingerprint, pack
 from core.faults import error_kind
 from server.grid import UNAVAILABLE, PatientGrid, by_name
 
@@ -46,12 +46,14 @@ class Sites:
     Attributes:
         grid: Flower's, with patience.
         timeout_s: how long an answer may take.
+        max_message_mb: a larger answer is a failure.
         traffic: bytes of arrays that crossed, by (what they are, "to sites" or "from sites").
         constants: weights that no one trains. They travel once: a site keeps them for the run.
     """
 
     grid: PatientGrid
     timeout_s: float
+    max_message_mb: float = 2048.0
     traffic: Counter[tuple[str, str]] = field(default_factory=Counter)
     constants: State = field(default_factory=dict)
     _holders: set[int] = field(default_factory=set)
@@ -98,7 +100,11 @@ class Sites:
             elif reply.has_error():
                 failures[site] = failure_of(reply.error)
             else:
-                answers[site] = reply.content
+                try:
+                    check_size(reply.content, self.max_message_mb, f"site {site}")
+                    answers[site] = reply.content
+                except ExchangeError as error:
+                    failures[site] = ("exchange", str(error))
         return answers, failures
 
     def gather(
@@ -114,8 +120,10 @@ class Sites:
         for site, answer in answers.items():
             try:
                 values[site] = read(answer, f"site {site}")
-            except (ExchangeError, KeyError) as error:
+            except ExchangeError as error:
                 failures[site] = ("exchange", str(error))
+            except KeyError as error:
+                failures[site] = ("exchange", f"site {site}: the answer must hold {error}, it does not.")
         return values, failures
 
     def set_constants(self, nodes: Mapping[int, str], constants: State) -> None:

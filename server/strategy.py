@@ -21,21 +21,25 @@ from core.checkpoint import Checkpoint, save_checkpoint
 from core.config import RunConfig, describe
 from core.erasure import Eraser, ScannerSums, fewest_directions, fit_eraser
 from core.exchange import (
+    MAX_SUBJECTS,
     PRIVACY,
     ExchangeError,
     State,
-    check_like,
     content,
     fingerprint,
     pack,
     pack_groups,
     pack_reference,
+    received,
+    tensor,
     unpack,
     unpack_groups,
     unpack_state,
 )
 from core.moments import GroupMoments, Reference, concatenate, reference_from
+from server.average import aggregator, cap_weights, check_enough
 from server.grid import Debt, Pace, Rule, told
+from server.guard import NO_TERMS, UpdateGuard, read_about, read_count, read_update, scaled, update_norm
 from server.sites import FORGETFUL, Answer, Failures, Node, RunError, Sites, reasons
 
 log = logging.getLogger("isocenter")
@@ -46,13 +50,11 @@ NOTHING_ERASED = (
 )
 MIN_CONTRAST_SUBJECTS = 4
 STOP_AT_ONCE = {"not_finite", "code"}
+ALONE = {"aggregate": "mean", "max_weight_share": None}
 RETRIED = {"away", "incident", "unknown", "worker"}
 """Kinds of failure that may pass: a site that fails so is asked once more in the same round."""
 EARLIER = 0.8  # share of a round's deadline after which a site ends its steps, so that its update arrives in time
 PRIVACY_NUMBERS = ("epsilon", "epsilon_rdp", "delta", "noise_multiplier", "clip_norm", "sample_rate", "steps")
-
-NO_TERMS = {"num-examples", "seconds", "waited-seconds", "steps"}
-"""Of a training answer's metrics; all others are terms of the loss."""
 
 
 class StopEarly(Exception):  # noqa: N818 - nothing is wrong
@@ -105,6 +107,13 @@ class SiteRounds(FedAvg):
         self.saved_as = stage if own is None else f"{stage}-{own}"
         self.patience = None if stage == "pretrain" else config.finetune.patience
         self.best: tuple[float, int, ArrayRecord] | None = None
+        # Each site's own model is averaged with no other.
+        self.averaging = config.strategy if own is None else config.strategy.model_copy(update=ALONE)
+        check_enough(self.averaging, self.quorum, stage)
+        self.aggregator = aggregator(self.averaging)
+        self.guard = UpdateGuard(config.strategy)
+        self.clipped: dict[str, float] = {}
+        self.shares: dict[str, float] = {}
         self.privacy: dict[str, dict[str, float]] = {}
         self.refused: set[int] = set()
         self.arrivals: dict[str, str] = {}
@@ -181,7 +190,7 @@ class SiteRounds(FedAvg):
         if not new:
             return
         task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
-        told, failures = self.sites.gather(new, "query.describe", task, lambda answer, _: dict(answer.config_records["config"]))
+        told, failures = self.sites.gather(new, "query.describe", task, read_about)
         self.arrivals = {name: f"not taken in: {text}" for name, (_, text) in failures.items()}
         arrived = [Node(node, str(told[name]["site"]), told[name]) for node, name in new.items() if name in told]
         for node in sorted(arrived, key=lambda node: node.site):
@@ -243,7 +252,7 @@ class SiteRounds(FedAvg):
 
         def read(answer: RecordDict, where: str) -> tuple[GroupMoments, int]:
             moments = unpack_groups(GroupMoments, answer.array_records["moments"], self.widths[space], where)
-            return moments, cast(int, answer.metric_records["metrics"]["withheld-scans"])
+            return moments, read_count(answer.metric_records["metrics"], "withheld-scans", where)
 
         told = self.gather(round_number, "query.moments", task, read)
         self.moments[space] = {site: moments for site, (moments, _) in told.items()}
@@ -293,11 +302,11 @@ class SiteRounds(FedAvg):
             return content(**shared, config=ConfigRecord({**about, "first": first_row[nodes[node]]}))
 
         def read(answer: RecordDict, where: str) -> Tensor:
-            hits = answer.array_records["hits"]["hits"].numpy()
+            hits_SK = tensor(answer.array_records["hits"]["hits"], f"{where}: the hits", ndim=2)
             shape = (len(told[where.removeprefix("site ")].count_S), len(eraser.directions_KF) + 1)
-            if hits.shape != shape or not np.isfinite(hits).all() or (hits < 0).any():
-                raise ExchangeError(f"{where}: hits must be {shape} finite counts, got {hits.shape}.")
-            return torch.from_numpy(hits.copy())
+            if tuple(hits_SK.shape) != shape or not hits_SK.isfinite().all() or (hits_SK < 0).any():
+                raise ExchangeError(f"{where}: hits must be {shape} finite counts, got {tuple(hits_SK.shape)}.")
+            return hits_SK
 
         values, failures = self.sites.gather(nodes, "query.hits", question, read)
         self.check_quorum(self.num_rounds, len(values) + len(self.nodes) - len(nodes), failures)
@@ -360,17 +369,17 @@ class SiteRounds(FedAvg):
         self.sites.grid.late.clear()
         return taken
 
-    def rebase(self, reply: RecordDict, expected: Mapping[str, Tensor], round_number: int) -> None:
+    def rebase(self, reply: RecordDict, state: State, round_number: int) -> State:
         """Put this round's weights plus a late update in place of the weights that an earlier round's training gave."""
         then, now = (unpack(arrays, self.layout) for arrays in (self.bases[round_number], self.round_arrays))
-        state = unpack_state(reply)
         moved = {
             name: (now[name].double() + (value.double() - then[name].double())).to(value.dtype)
             if value.is_floating_point()
             else value
             for name, value in state.items()
         }
-        reply.array_records["arrays"] = pack({name: moved[name] for name in expected})[0]
+        reply.array_records["arrays"] = pack(moved)[0]
+        return moved
 
     def training_tasks(self, round_number: int, nodes: Mapping[int, str]) -> list[Message]:
         """One task a node; with it the moments of all the other sites' groups, where the node does not hold them yet."""
@@ -441,17 +450,22 @@ class SiteRounds(FedAvg):
         failures = {site: failure for site, failure in failures.items() if site not in answers}
         names = self.template if self.trained is None else self.trained(server_round)
         expected = {name: value for name, value in self.template.items() if name in names}
+        before, norms = unpack(self.round_arrays, self.layout), dict[str, float]()
         for site, answer in list(answers.items()):
             try:
-                check_like(unpack_state(answer), expected, f"site {site}")
-                check_metrics(answer.metric_records["metrics"], f"site {site}")
+                update = read_update(answer, expected, self.stage, f"site {site}")
+                if site in self.late and (round_number := since.get(site)) is not None:
+                    update = self.rebase(answer, update, round_number)
+                norms[site] = update_norm(update, before)
                 if guarantee := read_privacy(answer.config_records["config"], f"site {site}"):
                     self.privacy[site] = guarantee
-                if site in self.late and (round_number := since.get(site)) is not None:
-                    self.rebase(answer, expected, round_number)
-            except (ExchangeError, KeyError) as error:
+            except ExchangeError as error:
                 failures[site] = ("exchange", str(error))
                 del answers[site]
+        refused, self.clipped = self.guard.judge(server_round, {site: norms[site] for site in answers}, names)
+        for site, text in refused.items():
+            failures[site] = ("exchange", text)
+            del answers[site]
         self.check_quorum(server_round, len(answers), failures)
         self.holders.update(node for node, site in self.nodes.items() if site in answers and site not in self.late)
         owed = {debt.round_number for debt in self.sites.grid.debts.values()}
@@ -461,11 +475,17 @@ class SiteRounds(FedAvg):
             (reply for reply in replies if self.sites.grid.node_of(reply) in site_of and not reply.has_error()),
             key=lambda reply: site_of[self.sites.grid.node_of(reply)],
         )
-        averaged, metrics = super().aggregate_train(server_round, accepted)
+        for site, factor in self.clipped.items():
+            answers[site].array_records["arrays"] = pack(scaled(unpack_state(answers[site]), before, factor))[0]
+        cap = self.averaging.max_weight_share
+        self.shares = {} if cap is None else cap_weights(answers, cap)
+        # Flower's robust averages take the arrays out of the messages.
+        sent = [dict(reply.content.array_records["arrays"]) for reply in accepted]
+        averaged, metrics = self.aggregator.aggregate_train(server_round, accepted)
         if averaged is None:
             raise RunError(f"{self.stage}, round {server_round}: the average must not be empty.")
         # What no site trained is what it was, bit for bit.
-        state = unpack(self.round_arrays, self.layout) | unpack(restore_dtypes(averaged, accepted), pack(expected)[1])
+        state = before | unpack(restore_dtypes(averaged, sent), pack(expected)[1])
         arrays, _ = pack(state)
         checkpoint = Checkpoint(state | self.sites.constants, self.saved_as, server_round, describe(self.config))
         save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
@@ -483,9 +503,9 @@ class SiteRounds(FedAvg):
 
         def read(answer: RecordDict, where: str) -> tuple[int, float]:
             metrics = answer.metric_records["metrics"]
-            subjects, loss = metrics["subjects"], metrics["loss"]
-            if not isinstance(subjects, int) or subjects < 0 or not isinstance(loss, float) or not np.isfinite(loss):
-                raise ExchangeError(f"{where}: a validation loss must be finite and of a number of subjects, got another.")
+            subjects, loss = read_count(metrics, "subjects", where), metrics["loss"]
+            if not isinstance(loss, float) or not np.isfinite(loss):
+                raise ExchangeError(f"{where}: a validation loss must be a finite number, got another.")
             return subjects, loss
 
         told = self.gather(round_number, "query.validation", self.task(round_number, arrays), read)
@@ -537,6 +557,10 @@ class SiteRounds(FedAvg):
         if early := {site: int(cast(int, m["steps"])) for site, m in metrics.items() if cast(int, m["steps"]) < planned}:
             line["ended_early"] = early
             log.info("round %d: ended early, at the deadline: %s", round_number, steps_of(early, planned))
+        if self.clipped:
+            line["clipped"] = {site: round(factor, 4) for site, factor in self.clipped.items()}
+        if self.shares:
+            line["shares"] = {site: round(share, 4) for site, share in self.shares.items()}
         if self.privacy:
             line["privacy"] = dict(self.privacy)
         if validation is not None:
@@ -581,16 +605,19 @@ def why_not_late(node: Node, met: Sequence[Node], config: RunConfig) -> str | No
 
 def read_sums(answer: RecordDict, features: int, where: str) -> Tensor:
     """A site's `feature_sums`, (3, D), checked."""
-    sums = answer.array_records["sums"]["sums"].numpy()
-    if sums.shape != (3, features) or sums.dtype != np.float64 or (sums[0] <= 0).any() or np.isinf(sums).any():
-        raise ExchangeError(f"{where}: sums must be 3 rows of {features} float64 without infinities, got {sums.shape}.")
-    return torch.from_numpy(sums.copy())
+    sums_3D = tensor(answer.array_records["sums"]["sums"], f"{where}: the sums", dtypes=("<f8",), ndim=2)
+    shape = tuple(sums_3D.shape)
+    if shape != (3, features) or (sums_3D[0] <= 0).any() or (sums_3D[0] > MAX_SUBJECTS).any() or sums_3D.isinf().any():
+        raise ExchangeError(
+            f"{where}: sums must be 3 rows of {features} float64 without infinities, of a number of subjects, got {shape}."
+        )
+    return sums_3D
 
 
 def read_scanners(answer: RecordDict, features: int, where: str) -> tuple[ScannerSums, int]:
     """A site's `ScannerSums`, checked, and the subjects it withholds."""
     sums = unpack_groups(ScannerSums, answer.array_records["scanners"], features, where)
-    return sums, cast(int, answer.metric_records["metrics"]["withheld-subjects"])
+    return sums, read_count(answer.metric_records["metrics"], "withheld-subjects", where)
 
 
 def eraser_from(
@@ -620,14 +647,6 @@ def steps_of(early: Mapping[str, int], planned: int) -> str:
     return ", ".join(f"{site} {steps} of {planned} steps" for site, steps in early.items())
 
 
-def check_metrics(metrics: MetricRecord, where: str) -> None:
-    """Refuse metrics that are no finite numbers, or a weight that is not positive."""
-    bad = [name for name, value in metrics.items() if isinstance(value, list) or not np.isfinite(value)]
-    bad += [name for name in sorted(NO_TERMS) if name not in bad and not cast(float, metrics[name]) >= 0]
-    if bad or metrics["num-examples"] == 0:
-        raise ExchangeError(f"{where}: metrics must be finite numbers and num-examples positive, got {bad or ['num-examples']}.")
-
-
 def read_privacy(about: ConfigRecord, where: str) -> dict[str, float]:
     """What DP-SGD guarantees at a site, in numbers, checked; nothing without it, no epsilon without noise."""
     told = {name.removeprefix(PRIVACY): value for name, value in about.items() if name.startswith(PRIVACY)}
@@ -637,14 +656,13 @@ def read_privacy(about: ConfigRecord, where: str) -> dict[str, float]:
     return values
 
 
-def restore_dtypes(averaged: ArrayRecord, replies: list[Message]) -> ArrayRecord:
+def restore_dtypes(averaged: ArrayRecord, sent: Sequence[Mapping[str, Array]]) -> ArrayRecord:
     """The average in the dtypes that were sent: Flower turns integer arrays to float64, ours must agree over sites instead."""
     arrays = ArrayRecord()
-    sent = [reply.content.array_records["arrays"] for reply in replies]
     for name in averaged:
-        values = [record[name].numpy() for record in sent]
+        values = [received(record[name], name) for record in sent]
         if np.issubdtype(values[0].dtype, np.floating):
-            arrays[name] = Array(averaged[name].numpy().astype(values[0].dtype))
+            arrays[name] = Array(received(averaged[name], name).astype(values[0].dtype))
         elif all(np.array_equal(value, values[0]) for value in values):
             arrays[name] = Array(values[0])
         else:

@@ -67,7 +67,7 @@ def test_damaged_states_are_refused() -> None:
         unpack(ArrayRecord({"float32": Array(np.ones(9, np.float32))}), layout)
     with pytest.raises(ExchangeError, match="left over"):
         unpack(ArrayRecord({"float32": Array(np.ones(11, np.float32))}), layout)
-    with pytest.raises(ExchangeError, match=r"must be float32, got torch\.float64"):
+    with pytest.raises(ExchangeError, match=r"must be float32, got float64"):
         unpack(ArrayRecord({"float32": Array(np.ones(10))}), layout)
     with pytest.raises(ExchangeError, match="missing or too short"):
         unpack(arrays, json.dumps([["a", "float16", [2, 3]]]))

@@ -370,7 +370,7 @@ def spoil(query: str, record: str, name: str, value: np.ndarray) -> Callable[[Me
         ("probes", "probes-site", "count_C", np.array([1e9]), "counts of at most"),
         ("probes", "probes-site", "scanner_C", np.array([-4.0]), "codes must be different and the site's own"),
         ("probes", "probes-age", "fold_G", np.arange(5.0) + 7777, "codes must be different and the site's own"),
-        ("probes", "probes-site", "mean_CF", np.zeros((1, 5), np.float32), "must be finite float64 arrays"),
+        ("probes", "probes-site", "mean_CF", np.zeros((1, 5), np.float32), "ClassMoments must be float64, got float32"),
         ("errors", "probes-site", "class_C", np.array([0.0]), "codes must be different and the site's own"),
         ("errors", "probes-age", "absolute_A", np.zeros(3), "absolute_A must have shape"),
         ("errors", "probes-site", "texts", np.frombuffer(b'{"withheld": ["a\\nb"]}', np.uint8).copy(), "texts must be short"),
