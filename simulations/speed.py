@@ -660,6 +660,7 @@ def deployment(
     override: Annotated[
         list[str] | None, typer.Option(help="A further override of our run; repeatable.", show_default="none")
     ] = None,
+    wire: Annotated[bool, typer.Option(help="Count our bytes on the wire too, in a further run through a relay.")] = False,
     peers: Annotated[
         Path | None, typer.Option(help="Folder of the environment that NVFlare is installed into.", show_default="in the cache")
     ] = None,
@@ -680,6 +681,7 @@ def deployment(
 
     from core.data.site import default_cache_root
     from simulations import speed_deployment
+    from simulations.cohort import ensure_cohort
 
     try:
         extras = speed_deployment.read_node_config(node_config or ())
@@ -689,19 +691,20 @@ def deployment(
         python = speed_deployment.peer_python(peers or default_cache_root() / "peers", lambda text: typer.echo(text, err=True))
         with TemporaryDirectory(prefix="iso-speed-") as temporary, Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("starting", total=None)
-            taken = speed_deployment.take_turns(
-                turns,
-                rounds,
-                folder=Path(temporary),
-                python=python,
+            run = speed_deployment.OurRun(
+                cohort=Path(temporary) / "cohort",
+                num_rounds=rounds,
                 node_config=extras,
                 overrides=override or (),
                 tell=lambda text: bar.update(task, description=text),
             )
+            ensure_cohort(run.cohort, scale=speed_deployment.COHORT_SCALE)
+            taken = speed_deployment.take_turns(turns, Path(temporary), run, python)
+            counted = speed_deployment.count_on_the_wire(Path(temporary), run) if wire else None
     except speed_deployment.PeerError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(1) from None
-    crossed = speed_deployment.payload(taken, override or ())
+    crossed = speed_deployment.payload(taken, override or (), counted)
     Console(width=120).print(speed_deployment.as_table(taken, crossed))
     typer.echo(", ".join(f"{key} {value}" for key, value in speed_deployment.facts().items()))
     if output:

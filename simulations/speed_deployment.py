@@ -21,21 +21,22 @@ import threading
 import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from flwr.app import ConfigRecord
 
 from core.config import load_config
-from core.exchange import pack
+from core.exchange import content, fingerprint, pack
 from core.models import build_pretrainer
-from simulations.cohort import ensure_cohort
 from simulations.loopback import NodeValue, loopback_federation
+from simulations.relay import Relay
 from simulations.workplace import StartError, free_ports, processes, workplace
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ APP = Path(__file__).parents[1]
 PEER_SCRIPT = Path(__file__).with_name("peers") / "nvflare_round.py"
 NVFLARE = "2.9.0"
 SITES = ("north", "south")  # of the phantom consortium
-COHORT_SCALE = 0.1
+COHORT_SCALE = 0.1  # a dozen scans a site
 OVERRIDES = (
     "encoder=densenet121",
     "debias=none",
@@ -128,12 +129,15 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Look until the `with` block ends."""
-        began, busy_before, this_before = time.monotonic(), busy_s(), sum(os.times()[:2])
+        began, others_before = time.monotonic(), busy_s() - self._used_s(processes(self.folder))
         while not self.ended.wait(WATCHED_EVERY_S):
             pids = processes(self.folder)
             self.peak_mb = max(self.peak_mb, sum(map(memory_mb, pids)))
-            ours = sum(map(used_s, pids)) + sum(os.times()[:2]) - this_before
-            self.others_cpus = max(0.0, (busy_s() - busy_before - ours) / (time.monotonic() - began))
+            others_s = busy_s() - self._used_s(pids) - others_before
+            self.others_cpus = max(0.0, others_s / (time.monotonic() - began))
+
+    def _used_s(self, pids: Sequence[int]) -> float:
+        return sum(map(used_s, pids)) + sum(os.times()[:2])
 
     def __enter__(self) -> "Watch":
         self.start()
@@ -243,36 +247,54 @@ def peer_python(folder: Path, tell: Callable[[str], None]) -> Path:
     return python
 
 
-def our_turn(
-    folder: Path,
-    cohort: Path,
-    num_rounds: int,
-    *,
-    node_config: Mapping[str, NodeValue],
-    overrides: Sequence[str],
-    tell: Callable[[str], None],
-) -> Turn:
+@dataclass(frozen=True, kw_only=True)
+class OurRun:
+    """What all our runs have in common.
+
+    Attributes:
+        cohort: folder of a phantom consortium.
+        num_rounds: of pretraining.
+        node_config: of every site, next to where its data are.
+        overrides: of the run, beside `OVERRIDES`.
+        tell: called with what it says of itself.
+    """
+
+    cohort: Path
+    num_rounds: int
+    node_config: Mapping[str, NodeValue]
+    overrides: Sequence[str]
+    tell: Callable[[str], None]
+
+
+def our_turn(folder: Path, run: OurRun, nodes_at: Callable[[int], int] = lambda port: port) -> Turn:
     """A run of our apps: a SuperLink and a SuperNode a site, with TLS and registered keys.
+
+    Args:
+        folder: receives all that it writes.
+        run: what to run.
+        nodes_at: see `loopback_federation`.
 
     Raises:
         PeerError: it did not finish.
     """
+    folder.mkdir(parents=True)
     sites: dict[str, dict[str, NodeValue]] = {}
     for site in SITES:
-        places = {"data-root": str(cohort / site), "cache-root": str(folder / "cache" / site)}
-        sites[site] = {**places, "device": "cpu", "threads": 1, **node_config}
+        places = {"data-root": str(run.cohort / site), "cache-root": str(folder / "cache" / site)}
+        sites[site] = {**places, "device": "cpu", "threads": 1, **run.node_config}
     began = time.monotonic()
     log = folder / "flower.log"
     arrived: list[float] = []
 
     def on_line(line: str) -> None:
-        tell(f"ours: {line}")
+        run.tell(f"ours: {line}")
         if line.startswith("pretrain  round 1/"):
             arrived.append(time.monotonic())
 
-    asked = shlex.join([*OVERRIDES, *overrides, f"num_rounds={num_rounds}", f"output={folder}", "name=run"])
+    asked = shlex.join([*OVERRIDES, *run.overrides, f"num_rounds={run.num_rounds}", f"output={folder}", "name=run"])
     try:
-        with loopback_federation(folder / "federation", sites) as running, Watch(running.place.folder) as watch:
+        federation = loopback_federation(folder / "federation", sites, nodes_at=nodes_at)
+        with federation as running, Watch(running.place.folder) as watch:
             outcome = running.run(APP, asked, log_path=log, deadline_s=DEADLINE_S, on_line=on_line)
     except StartError as error:
         raise PeerError(f"ours: {error}") from None
@@ -342,32 +364,39 @@ def _end_of(log: Path) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-20:])
 
 
-def take_turns(
-    turns: int,
-    num_rounds: int,
-    *,
-    folder: Path,
-    python: Path,
-    node_config: Mapping[str, NodeValue],
-    overrides: Sequence[str],
-    tell: Callable[[str], None],
-) -> list[Turn]:
+def take_turns(turns: int, folder: Path, run: OurRun, python: Path) -> list[Turn]:
     """Both systems in turn, ours first; what they write goes below `folder`.
 
     Raises:
         PeerError: a run did not finish.
     """
-    cohort = folder / "cohort"
-    ensure_cohort(cohort, scale=COHORT_SCALE)
     taken = []
     for number in range(1, turns + 1):
-        tell(f"turn {number} of {turns}: ours")
-        own = folder / f"{number}-ours"
-        own.mkdir()
-        taken.append(our_turn(own, cohort, num_rounds, node_config=node_config, overrides=overrides, tell=tell))
-        tell(f"turn {number} of {turns}: NVFlare")
-        taken.append(nvflare_turn(folder / f"{number}-nvflare", python, num_rounds))
+        run.tell(f"turn {number} of {turns}: ours")
+        taken.append(our_turn(folder / f"{number}-ours", run))
+        run.tell(f"turn {number} of {turns}: NVFlare")
+        taken.append(nvflare_turn(folder / f"{number}-nvflare", python, run.num_rounds))
     return taken
+
+
+def count_on_the_wire(folder: Path, run: OurRun) -> tuple[float, float]:
+    """Bytes to and from sites in a run of ours, a round and site: weights and all else that crosses, TLS and the app's code too.
+
+    Raises:
+        PeerError: it did not finish.
+    """
+    relays: list[Relay] = []
+    with ExitStack() as stack:
+
+        def relayed(port: int) -> int:
+            relays.append(stack.enter_context(Relay(port)))
+            return relays[-1].port
+
+        run.tell("counting bytes on the wire")
+        our_turn(folder / "wire", run, relayed)
+    [relay] = relays
+    messages = run.num_rounds * len(SITES)
+    return relay.from_server / messages, relay.to_server / messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,28 +405,38 @@ class Payload:
 
     Attributes:
         weights: encoder and projector in float32.
-        layout: the names and shapes that travel beside them.
+        message: all that a site is sent or answers, as Flower serialises it: weights, their names and shapes, the task.
         to_sites: arrays, as the server counted them.
         from_sites: the same, back.
+        wire: all that crossed to and from sites, TLS and the app's code too; None where it was not counted.
     """
 
     weights: int
-    layout: int
+    message: int
     to_sites: float
     from_sites: float
+    wire: tuple[float, float] | None = None
 
 
-def payload(turns: Sequence[Turn], overrides: Sequence[str]) -> Payload:
-    """Of our turns, by the run's own count (``traffic.json``); framing of messages and TLS are not counted."""
+def serialised_bytes(record: Any) -> int:
+    """Bytes of a record of Flower with all that it holds, as they are sent."""
+    return len(record.deflate()) + sum(map(serialised_bytes, (record.children or {}).values()))
+
+
+def payload(turns: Sequence[Turn], overrides: Sequence[str], wire: tuple[float, float] | None = None) -> Payload:
+    """Of our turns: arrays by the run's own count (``traffic.json``), and the size of a message with all around them."""
     config = load_config(shlex.join([*OVERRIDES, *overrides, "data.root=none"]))
     state = build_pretrainer(config.encoder, config.embedding_size, config.seed).state_dict()
+    arrays, layout = pack(state)
+    about = ConfigRecord({"round": 1, "stage": "pretrain", "layout": layout, "fingerprint": fingerprint(), "exchange": 0})
     ours = [turn for turn in turns if turn.system == "ours"]
     messages = sum(len(turn.rounds) + 1 for turn in ours) * len(SITES)
     return Payload(
         weights=sum(value.numel() * value.element_size() for value in state.values()),
-        layout=len(pack(state)[1].encode()),
+        message=serialised_bytes(content(arrays=arrays, config=about)),
         to_sites=sum(cast(int, turn.bytes_to_sites) for turn in ours) / messages,
         from_sites=sum(cast(int, turn.bytes_from_sites) for turn in ours) / messages,
+        wire=wire,
     )
 
 
@@ -448,6 +487,10 @@ def as_table(turns: Sequence[Turn], crossed: Payload) -> "Table":
     from rich.table import Table
 
     ours, theirs = ([turn for turn in turns if turn.system == system] for system in SYSTEMS)
+    wire = "Bytes on the wire were not counted (--wire)."
+    if crossed.wire:
+        to_sites, from_sites = (size / crossed.weights for size in crossed.wire)
+        wire = f"On the wire x{to_sites:.4f} to sites, x{from_sites:.4f} from sites: a whole run, TLS and the app's code too."
     count = sum(len(turn.rounds) for turn in ours)
     table = Table(
         title=f"Deployed on one machine: 2 sites, {len(ours)} turns, {count} rounds of each; median (least to greatest)",
@@ -455,7 +498,8 @@ def as_table(turns: Sequence[Turn], crossed: Payload) -> "Table":
             [
                 f"Ours, a message: {crossed.weights / 1e6:.2f} MB of weights (encoder and projector); "
                 f"x{crossed.to_sites / crossed.weights:.4f} to sites, x{crossed.from_sites / crossed.weights:.4f} from sites, "
-                f"and {crossed.layout / 1e3:.0f} kB of names. Framing and TLS are not counted.",
+                f"x{crossed.message / crossed.weights:.4f} with all that is in the message.",
+                wire,
                 "Processors that others kept busy: "
                 + ", ".join(f"{one.others_cpus:.1f} and {two.others_cpus:.1f}" for one, two in zip(ours, theirs, strict=True))
                 + f" (ours and NVFlare's turn), of {len(os.sched_getaffinity(0))}.",
