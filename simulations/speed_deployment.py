@@ -493,7 +493,7 @@ def as_table(turns: Sequence[Turn], crossed: Payload) -> "Table":
         wire = f"On the wire x{to_sites:.4f} to sites, x{from_sites:.4f} from sites: a whole run, TLS and the app's code too."
     count = sum(len(turn.rounds) for turn in ours)
     table = Table(
-        title=f"Deployed on one machine: 2 sites, {len(ours)} turns, {count} rounds of each; median (least to greatest)",
+        title=f"Deployed on one machine: 2 sites, turns: {len(ours)}, rounds of each: {count}; median (least to greatest)",
         caption="\n".join(
             [
                 f"Ours, a message: {crossed.weights / 1e6:.2f} MB of weights (encoder and projector); "
