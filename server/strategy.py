@@ -544,6 +544,7 @@ class SiteRounds(FedAvg):
             "stage": self.saved_as,
             "round": round_number,
             "seconds": round(seconds, 3),
+            "trained_seconds": {site: round(cast(float, m["seconds"]), 3) for site, m in metrics.items()},
             "waited_share": dict(zip(metrics, (round(share, 4) for share in shares), strict=True)),
             "sites": values,
         }

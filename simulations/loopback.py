@@ -37,7 +37,7 @@ basicConstraints=CA:FALSE
 
 @dataclass(frozen=True)
 class Loopback:
-    """A running federation on 127.0.0.1; see `loopback_federation`."""
+    """A running federation on 127.0.0.1, whose SuperNodes look for the SuperLink at `port`; see `loopback_federation`."""
 
     place: Workplace
     folder: Path
@@ -85,6 +85,7 @@ def loopback_federation(
     *,
     env: Mapping[str, str] = MappingProxyType({}),
     start_s: float = 120.0,
+    nodes_at: Callable[[int], int] = lambda port: port,
 ) -> Iterator[Loopback]:
     """Certificates, a SuperLink and a SuperNode for each site, ready to run; all stopped on leaving.
 
@@ -93,6 +94,7 @@ def loopback_federation(
         sites: For each site's name what its SuperNode alone knows (its `--node-config`), next to `site`, its name.
         env: Environment variables on top of this process's.
         start_s: Time for all to be connected.
+        nodes_at: Given the SuperLink's port, the port at which the SuperNodes look for it, such as a relay's.
 
     Raises:
         StartError: A part did not come up, with what it wrote.
@@ -108,7 +110,7 @@ def loopback_federation(
         superlink = start(place, "flower-superlink", [*arguments, "--database", str(folder / "state.db")])
         wait_until_healthy(superlink, port, deadline, certificates / "ca.crt")
         connect(place, f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(str(certificates / "ca.crt"))}')
-        federation = Loopback(place, folder, port)
+        federation = Loopback(place, folder, nodes_at(port))
         nodes = []
         for site, node_config in sites.items():
             key = make_key(folder / "keys" / site)

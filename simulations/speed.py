@@ -649,5 +649,74 @@ def steps(
     typer.echo(f"given back / kept: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), {turns} turns")
 
 
+@app.command()
+def deployment(
+    turns: Annotated[int, typer.Option(min=1, help="Runs of each system.")] = 3,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of a run; the first is left out.")] = 4,
+    node_config: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for the node config of our sites; repeat for several.", show_default="none"),
+    ] = None,
+    override: Annotated[
+        list[str] | None, typer.Option(help="A further override of our run; repeatable.", show_default="none")
+    ] = None,
+    wire: Annotated[bool, typer.Option(help="Count our bytes on the wire too, in a further run through a relay.")] = False,
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder of the environment that NVFlare is installed into.", show_default="in the cache")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file too.")] = None,
+) -> None:
+    """Time what a round costs beside its training, deployed, against NVFlare: server and two sites as processes, over TLS.
+
+    One step of DenseNet121 a round, all weights exchanged. Overhead is the round's time at the server less the training of the
+    site that trained longest. The two take turns, and ratios are ours over NVFlare's in the same turn: below 1, ours is less.
+    NVFlare is installed into an environment of its own when it is missing.
+
+    Example: python -m simulations.speed deployment --turns 1 --rounds 3
+    """
+    from tempfile import TemporaryDirectory
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from core.data.site import default_cache_root
+    from simulations import speed_deployment
+    from simulations.cohort import ensure_cohort
+
+    try:
+        extras = speed_deployment.read_node_config(node_config or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--node-config") from None
+    try:
+        python = speed_deployment.peer_python(peers or default_cache_root() / "peers", lambda text: typer.echo(text, err=True))
+        with TemporaryDirectory(prefix="iso-speed-") as temporary, Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("starting", total=None)
+            run = speed_deployment.OurRun(
+                cohort=Path(temporary) / "cohort",
+                num_rounds=rounds,
+                node_config=extras,
+                overrides=override or (),
+                tell=lambda text: bar.update(task, description=text),
+            )
+            ensure_cohort(run.cohort, scale=speed_deployment.COHORT_SCALE)
+            taken = speed_deployment.take_turns(turns, Path(temporary), run, python)
+            counted = speed_deployment.count_on_the_wire(Path(temporary), run) if wire else None
+    except speed_deployment.PeerError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    crossed = speed_deployment.payload(taken, override or (), counted)
+    Console(width=120).print(speed_deployment.as_table(taken, crossed))
+    typer.echo(", ".join(f"{key} {value}" for key, value in speed_deployment.facts().items()))
+    if output:
+        figures = {
+            "machine": speed_deployment.facts(),
+            "turns": [asdict(turn) for turn in taken],
+            "compared": [asdict(row) for row in speed_deployment.compare(taken)],
+            "payload": asdict(crossed),
+        }
+        output.write_text(json.dumps(figures, indent=1))
+        typer.echo(f"figures: {output}")
+
+
 if __name__ == "__main__":
     app()

@@ -4,8 +4,12 @@ import io
 import json
 import platform
 import re
+import socket
+import subprocess
 import sys
+import threading
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +20,9 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from simulations import speed, speed_data
+from simulations import speed, speed_data, speed_deployment
+from simulations.peers import nvflare_client, nvflare_round
+from simulations.relay import Relay
 
 NUM_SCANS = 16
 
@@ -262,3 +268,225 @@ def test_steps_use_the_memory_again_that_steps_before_them_freed() -> None:
     kept, given_back = (int(text) for text in re.findall(r"(\d+) page faults", result.output))
     assert 5 * kept < given_back
     assert re.search(r"given back / kept: \d+\.\d\d \(", result.output)
+
+
+def logged(seconds: float, text: str, border: str = "-") -> str:
+    """A line of NVFlare's log, whose clock is in local time."""
+    asctime = datetime.fromtimestamp(1_800_000_000 + seconds).strftime("%Y-%m-%d %H:%M:%S,%f")[:-3]
+    framed = f"\n{border * 80}\n{text:^80}\n{border * 80}\n" if text.endswith(".") else text
+    return json.dumps({"asctime": asctime, "name": "FedAvg", "levelname": "INFO", "message": framed}) + "\n"
+
+
+SERVER_LOG = (
+    logged(0.0, "Start FedAvg.", "=")
+    + logged(0.25, "Round 0 started.")
+    + logged(0.5, "Sampled clients: ['north', 'south']")
+    + logged(6.25, "Round 1 started.")
+    + logged(9.0, "Aggregated 2/2 results")
+    + logged(10.0, "Finished FedAvg.", "=")
+    + logged(12.0, "Server app stopped")
+)
+
+
+def write_steps(folder: Path, steps: dict[str, list[tuple[int, float, float]]]) -> dict[str, Path]:
+    for site, taken in steps.items():
+        lines = [json.dumps({"round": number, "began": began, "ended": ended}) for number, began, ended in taken]
+        (folder / f"{site}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return {site: folder / f"{site}.jsonl" for site in speed_deployment.SITES}
+
+
+def test_rounds_of_nvflare_are_read_from_its_log_and_its_clients(tmp_path: Path) -> None:
+    (tmp_path / "log.json").write_text(SERVER_LOG)
+    times = write_steps(tmp_path, {"north": [(0, 1.0, 3.0), (1, 7.0, 7.25)], "south": [(0, 2.0, 2.5), (1, 7.5, 8.5)]})
+
+    began, rounds = speed_deployment.read_nvflare(tmp_path / "log.json", times)
+
+    assert began == pytest.approx(1_800_000_000.25)
+    assert [each.seconds for each in rounds] == pytest.approx([6.0, 3.75])
+    assert rounds[1].trained_seconds == {"north": 0.25, "south": 1.0}
+    assert [each.overhead_s for each in rounds] == pytest.approx([4.0, 2.75])
+
+
+@pytest.mark.parametrize(
+    ("log", "steps", "refusal"),
+    [
+        (SERVER_LOG.partition(logged(10.0, "Finished FedAvg.", "="))[0], {}, "must finish, it ended in round 2"),
+        (SERVER_LOG, {}, "all of north, south must train in round 0, got none"),
+        (SERVER_LOG, {"north": [(0, 1, 2), (1, 1, 2)], "south": [(0, 1, 2)]}, "must train in round 1, got north"),
+    ],
+    ids=["unfinished", "no steps", "a site missing"],
+)
+def test_a_job_of_nvflare_that_is_not_whole_is_refused(
+    tmp_path: Path, log: str, steps: dict[str, list[tuple[int, float, float]]], refusal: str
+) -> None:
+    (tmp_path / "log.json").write_text(log)
+    with pytest.raises(speed_deployment.PeerError, match=refusal):
+        speed_deployment.read_nvflare(tmp_path / "log.json", write_steps(tmp_path, steps))
+
+
+def test_rounds_of_ours_are_read_from_what_the_run_told(tmp_path: Path) -> None:
+    lines = [
+        {"stage": "pretrain", "round": 1, "seconds": 9.5, "trained_seconds": {"north": 1.0, "south": 2.5}, "sites": {}},
+        {"stage": "full", "round": 1, "seconds": 1.0, "trained_seconds": {"north": 1.0}, "sites": {}},
+    ]
+    (tmp_path / "rounds.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    [only] = speed_deployment.read_ours(tmp_path / "rounds.jsonl")
+    assert only.overhead_s == 7.0
+
+
+def test_what_a_client_of_nvflare_writes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from monai.networks.nets import DenseNet121
+
+    state = DenseNet121(spatial_dims=3, in_channels=1, out_channels=2).state_dict()
+    received = [SimpleNamespace(params=state, current_round=number) for number in range(2)]
+    sent: list[dict[str, Tensor]] = []
+    flare = SimpleNamespace(
+        init=lambda: None,
+        is_running=lambda: bool(received),
+        receive=lambda: received.pop(0),
+        get_site_name=lambda: "north",
+        FLModel=lambda params: params,
+        send=sent.append,
+    )
+    monkeypatch.setitem(sys.modules, "nvflare", SimpleNamespace(client=flare))
+    monkeypatch.setitem(sys.modules, "nvflare.client", flare)
+
+    nvflare_client.main(tmp_path)
+
+    (tmp_path / "log.json").write_text(SERVER_LOG)
+    _, rounds = speed_deployment.read_nvflare(tmp_path / "log.json", {"north": tmp_path / "north.jsonl"})
+    assert all(0 < each.trained_seconds["north"] < 60 for each in rounds)
+    assert list(sent[0]) == list(state)
+    assert any(not torch.equal(sent[0][name], state[name]) for name in state)
+
+
+def test_nvflare_is_provisioned_at_the_port_and_for_the_sites_asked_for(tmp_path: Path) -> None:
+    path = nvflare_round.write_project(tmp_path / "project.yml", 1234, ["north", "south"])
+    participants = json.loads(path.read_text())["participants"]
+    assert [each["fed_learn_port"] for each in participants if each["type"] == "server"] == [1234]
+    assert [each["name"] for each in participants if each["type"] == "client"] == ["north", "south"]
+
+
+def turn(system: speed_deployment.System, start_s: float, *seconds: float, peak_mb: float = 100.0) -> speed_deployment.Turn:
+    rounds = tuple(speed_deployment.Round(seconds=each, trained_seconds={"north": 0.5, "south": 0.25}) for each in seconds)
+    sizes = (4000, 8000) if system == "ours" else (None, None)
+    return speed_deployment.Turn(
+        system=system,
+        start_s=start_s,
+        rounds=rounds,
+        peak_mb=peak_mb,
+        others_cpus=0.0,
+        bytes_to_sites=sizes[0],
+        bytes_from_sites=sizes[1],
+    )
+
+
+TURNS = [
+    turn("ours", 10, 2.5, 3.5, 4.5),
+    turn("NVFlare", 20, 5.5, 6.5, 7.5, peak_mb=400),
+    turn("ours", 30, 8.5, 8.5, 8.5),
+    turn("NVFlare", 20, 4.5, 4.5, 4.5),
+]
+
+
+def test_figures_of_deployment_are_compared_in_the_same_turn() -> None:
+    rows = {row.name: row for row in speed_deployment.compare(TURNS)}
+    overhead = rows["overhead of a round, s"]
+    assert overhead.ours == (6.0, 2.0, 8.0)
+    assert overhead.theirs == (4.5, 4.0, 7.0)
+    assert overhead.ratio == (1.25, 0.5, 2.0)  # of 3 to 6 and of 8 to 4
+    assert rows["start-up, s"].ratio == (1.0, 0.5, 1.5)
+    assert rows["most memory, MB"].ratio == (0.625, 0.25, 1.0)
+
+
+def test_the_payload_is_what_a_message_carries_of_all_weights() -> None:
+    found = speed_deployment.payload(TURNS, ["encoder=small"], wire=(2.0, 3.0))
+    assert found.to_sites == 4000 / (4 * 2)  # three rounds and the one left out, two sites
+    assert found.from_sites == 2 * found.to_sites
+    assert found.weights < found.message < 1.1 * found.weights
+    assert "On the wire" in printed(speed_deployment.as_table(TURNS, found))
+
+
+def test_the_command_runs_both_systems_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def ours(folder: Path, run: speed_deployment.OurRun, *_: object) -> speed_deployment.Turn:
+        asked.append((folder.name, run.num_rounds, run.node_config, run.overrides))
+        assert (run.cohort / "north").is_dir()
+        return TURNS[0]
+
+    def theirs(folder: Path, python: Path, num_rounds: int) -> speed_deployment.Turn:
+        asked.append((folder.name, python.name, num_rounds))
+        return TURNS[1]
+
+    monkeypatch.setattr(speed_deployment, "our_turn", ours)
+    monkeypatch.setattr(speed_deployment, "nvflare_turn", theirs)
+    peers = tmp_path / "peers"
+    home = peers / f"nvflare-{speed_deployment.NVFLARE}"
+    home.mkdir(parents=True)
+    (home / "installed").touch()
+    options = ["--turns", "2", "--rounds", "4", "--node-config", "warm=true", "--override", "encoder=small"]
+    outcome = CliRunner().invoke(
+        speed.app, ["deployment", *options, "--peers", str(peers), "--output", str(tmp_path / "figures.json")]
+    )
+    assert outcome.exit_code == 0, outcome.output
+    mine = [(f"{number}-ours", 4, {"warm": True}, ["encoder=small"]) for number in (1, 2)]
+    yours = [(f"{number}-nvflare", "python", 4) for number in (1, 2)]
+    assert asked == [mine[0], yours[0], mine[1], yours[1]]
+    assert "overhead of a round" in outcome.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [each["system"] for each in figures["turns"]] == ["ours", "NVFlare"] * 2
+    assert figures["payload"]["wire"] is None
+
+
+def test_where_nvflare_cannot_be_installed_the_command_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_index(command: list[str], **_: object) -> None:
+        raise subprocess.CalledProcessError(1, command, stderr="looking\nERROR: No matching distribution found")
+
+    monkeypatch.setattr(speed_deployment.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(speed_deployment.subprocess, "run", no_index)
+    packages = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    monkeypatch.setattr(speed_deployment.venv, "create", lambda home, **_: (home / packages).mkdir(parents=True))
+    outcome = CliRunner().invoke(speed.app, ["deployment", "--peers", str(tmp_path)])
+    assert outcome.exit_code == 1
+    assert outcome.stderr.startswith("installing NVFlare")
+    assert "must be installable by pip" in outcome.stderr
+    assert "ERROR: No matching distribution found" in outcome.stderr
+    assert not list(tmp_path.rglob("installed"))
+
+
+def test_a_node_config_without_a_key_is_refused() -> None:
+    outcome = CliRunner().invoke(speed.app, ["deployment", "--node-config", "warm"])
+    assert outcome.exit_code == 2
+    assert "KEY=VALUE" in outcome.stderr
+
+
+def test_memory_and_processor_time_are_those_of_living_processes() -> None:
+    command = [sys.executable, "-c", "print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert 1 < speed_deployment.memory_mb(child.pid) < 1000
+        assert 0 <= speed_deployment.used_s(child.pid) < speed_deployment.busy_s()
+        child.communicate(b"\n")
+    assert speed_deployment.memory_mb(child.pid) == speed_deployment.used_s(child.pid) == 0.0
+
+
+def test_a_relay_passes_on_and_counts_what_it_passes() -> None:
+    def answer(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            while data := connection.recv(100_000):
+                connection.sendall(2 * data)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, args=(listener,))
+        thread.start()
+        with Relay(listener.getsockname()[1]) as relay:
+            with socket.create_connection(("127.0.0.1", relay.port)) as client, client.makefile("rb") as received:
+                client.sendall(b"abc")
+                assert received.read(6) == b"abcabc"
+            thread.join()
+            assert (relay.to_server, relay.from_server) == (3, 6)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", relay.port)).close()
