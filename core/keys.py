@@ -124,8 +124,17 @@ def certificate_end(pem: bytes) -> datetime:
     return x509.load_pem_x509_certificate(pem).not_valid_after_utc
 
 
+def is_pair(certificate: bytes, key: bytes) -> bool:
+    """Whether a server certificate and a private key, both PEM, are of one another."""
+    try:
+        private = serialization.load_pem_private_key(key, None)
+        return private.public_key() == x509.load_pem_x509_certificate(certificate).public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return False
+
+
 def new_site_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A new private key of a site at `path` (0600, as `flower-supernode` reads it), its public half at `path`.pub.
+    """A new private key of a site at `path` (0600, as `flower-supernode` reads it); its public half beside it ends in .pub.
 
     Raises:
         ValueError: There is one already; it is never replaced.
@@ -135,7 +144,7 @@ def new_site_key(path: Path) -> ec.EllipticCurvePrivateKey:
     key = _new_key()
     private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption())
     write_atomically(path, private, 0o600)
-    write_atomically(path.with_name(f"{path.name}.pub"), f"{public_line(key.public_key())}\n".encode(), 0o644)
+    write_atomically(path.with_suffix(".pub"), f"{public_line(key.public_key())}\n".encode(), 0o644)
     return key
 
 
