@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -215,7 +215,7 @@ def read_request(pem: bytes) -> tuple[str, ec.EllipticCurvePublicKey]:
         request = x509.load_pem_x509_csr(pem)
         key, names = request.public_key(), request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         others = len(request.subject) - len(names)
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion):
         raise ValueError(
             "request: the file must be what `isocenter site init` wrote, got something else. Ask the site to send it again."
         ) from None
@@ -223,7 +223,7 @@ def read_request(pem: bytes) -> tuple[str, ec.EllipticCurvePublicKey]:
         raise ValueError("request: its key must be on the curve P-384, got another kind. Ask for one of `isocenter site init`.")
     try:
         signed = request.is_signature_valid
-    except (InvalidSignature, UnsupportedAlgorithm, ValueError):
+    except (UnsupportedAlgorithm, ValueError):
         signed = False
     if not signed:
         raise ValueError("request: its signature must be its own key's, got another. It was changed on its way: ask again.")

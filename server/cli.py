@@ -49,7 +49,7 @@ def provision(
         plan = read_consortium(consortium)
         folder = output or Path(plan.consortium)
         lines = make_kits(plan, folder, requests=request or [], renew=renew or [], revoke=revoke or [])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     for line in lines:
         typer.echo(line)
@@ -85,7 +85,7 @@ def start(
             typer.echo(f"{opened.about.consortium}: runs, log in {opened.state / 'server.log'}")
         else:
             serve(opened, proxy=not without_proxy, say=typer.echo)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
 
 
@@ -97,7 +97,7 @@ def stop(kit: Kit) -> None:
 
     try:
         typer.echo("stopped" if stop_server(open_kit(kit)) else "did not run")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
 
 
@@ -109,7 +109,7 @@ def status(kit: Kit) -> None:
 
     try:
         states = status_of(open_kit(kit))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     width = max((len(state.site) for state in states), default=0)
     for state in states:

@@ -113,7 +113,7 @@ class Consortium(_Closed):
         return list(dict.fromkeys([self.server.host, *self.server_addresses, "localhost", "127.0.0.1"]))
 
 
-class _OneOfEach(yaml.SafeLoader):
+class _OneOfEach(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """YAML lets the last of two equal keys win; here the second one is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -8,10 +8,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +24,19 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from core.files import write_atomically
-from core.flower_env import CONNECTION, NO_INSTALL, ask_flower, end_processes, environment, healthy, program, write_connection
+from core.flower_env import (
+    CONNECTION,
+    NO_INSTALL,
+    ask_flower,
+    end_processes,
+    environment,
+    healthy,
+    plain,
+    program,
+    write_connection,
+)
 from core.keys import fingerprint, public_line, read_public_line
+from server.consortium import Address
 
 READY_S = 120.0
 """Time for a SuperLink to answer after its start."""
@@ -32,6 +44,7 @@ READY_S = 120.0
 _GRACE_S = 10.0
 _RETRY_S = 30.0  # between two tries to register or unregister what failed
 _LONGEST_PAUSE_S = 60.0  # between two starts of a program that keeps dying
+_RUNS_ALREADY = "server: one process must run from a kit, got one that runs already. Stop it first."
 Say = Callable[[str], None]
 
 
@@ -156,7 +169,7 @@ def serve(kit: Kit, *, proxy: bool, say: Say) -> None:
         ValueError: It runs already, nginx is not there, or the SuperLink does not come up.
     """
     with _running(kit), _stopped_by_signals() as stopping:
-        end_processes(kit.state, _GRACE_S)  # of a server that was killed
+        _end_strays(kit)
         _prepare(kit)
         programs = _programs(kit, proxy=proxy)
         try:
@@ -167,9 +180,9 @@ def serve(kit: Kit, *, proxy: bool, say: Say) -> None:
             say(f"{kit.about.consortium}: sites may come to {kit.about.server}")
             _keep(kit, programs, stopping, say)
         finally:
+            for each in reversed(programs):  # nobody comes in any more, then the rest
+                each.end()
             end_processes(kit.state, _GRACE_S)
-            for each in programs:
-                each.reap()
             say(f"{kit.about.consortium}: stopped")
 
 
@@ -177,19 +190,23 @@ def start_in_background(kit: Kit, options: list[str]) -> None:
     """Start `isocenter server start` in a session of its own, and come back when it answers.
 
     Raises:
-        ValueError: It ended instead, with what it wrote last.
+        ValueError: One runs already, or it ended instead of answering, with what it wrote last.
     """
+    if is_running(kit):
+        raise ValueError(_RUNS_ALREADY)
     kit.state.mkdir(mode=0o700, exist_ok=True)
     log_path = kit.state / "server.log"
     with log_path.open("ab") as log:
         before = log.tell()
-        command = [program("isocenter"), "server", "start", str(kit.folder), *options]
+        # -P: a folder called server, such as a kit, must not be taken for the package.
+        command = [sys.executable, "-P", "-c", "from server.cli import server; server()", "start", str(kit.folder), *options]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     port = kit.about.port
     while not (healthy(port, kit.folder / "ca.crt") and process.poll() is None):
         if process.poll() is not None:
-            written = log_path.read_bytes()[before:].decode(errors="replace").strip()
-            raise ValueError(f"server: it must come up, got: {written.splitlines()[-1] if written else 'no word'}")
+            written = plain(log_path.read_bytes()[before:].decode(errors="replace")).split("\n")
+            last = next((line.strip() for line in reversed(written) if line.strip()), "no word")
+            raise ValueError(f"server: it must come up, got: {last}")
         time.sleep(0.1)
 
 
@@ -407,9 +424,15 @@ class _Kept:
         """Whether it answers."""
         return self._ready()
 
-    def reap(self) -> None:
-        """Wait for a process that was told to end."""
-        if self._process is not None:
+    def end(self) -> None:
+        """Stop it, and wait until it has."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
             self._process.wait()
 
 
@@ -417,14 +440,14 @@ def _keep(kit: Kit, programs: list[_Kept], stopping: threading.Event, say: Say) 
     """Look once a second whether all run and who may take part, until we are told to stop."""
     superlink, fresh, done_with, again = programs[0], True, b"", 0.0
     while not stopping.wait(1.0):
-        alive = [each.revive(say) for each in programs]
-        if not alive[0] or not superlink.is_ready():
-            fresh = True
-            continue
-        text = (kit.folder / "sites.json").read_bytes()
-        if (not fresh and text == done_with) or time.monotonic() < again:
+        [alive, *_] = [each.revive(say) for each in programs]
+        fresh |= not alive
+        if not alive or (fresh and not superlink.is_ready()):
             continue
         try:
+            text = (kit.folder / "sites.json").read_bytes()
+            if (not fresh and text == done_with) or time.monotonic() < again:
+                continue
             if fresh:
                 _forget_lost(kit, say)
                 fresh = False
@@ -432,7 +455,7 @@ def _keep(kit: Kit, programs: list[_Kept], stopping: threading.Event, say: Say) 
                 done_with = text
             else:
                 again = time.monotonic() + _RETRY_S
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # sites.json is being replaced, the SuperLink is busy: next time
             say(str(error))
             again = time.monotonic() + _RETRY_S
 
@@ -442,7 +465,7 @@ def _programs(kit: Kit, *, proxy: bool) -> list[_Kept]:
     about, folder = kit.about, kit.folder
     in_front = proxy and about.port != about.control_port
     port = about.control_port if proxy else about.port
-    host = "127.0.0.1" if proxy else ("::" if ":" in about.host else "0.0.0.0")
+    host = "127.0.0.1" if proxy or Address(host=about.host, port=about.port).is_loopback else "0.0.0.0"
     arguments = ["--host", host, "--port", str(port), "--enable-supernode-auth", NO_INSTALL]
     arguments += ["--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.pem")]
     arguments += ["--ssl-keyfile", str(folder / "server.key"), "--database", str(kit.state / "state.db")]
@@ -466,6 +489,20 @@ def _programs(kit: Kit, *, proxy: bool) -> list[_Kept]:
     return kept
 
 
+def _end_strays(kit: Kit) -> None:
+    """End what a server of this kit left behind when it was killed."""
+    end_processes(kit.state, _GRACE_S)
+    # nginx overwrites the environment that it would be found by, but it writes down who it is.
+    path = kit.state / "nginx" / "nginx.pid"
+    with suppress(OSError, ValueError):
+        pid = int(path.read_text())
+        command = Path(f"/proc/{pid}/cmdline")
+        began = time.monotonic()
+        while os.fsencode(kit.folder / "nginx.conf") in command.read_bytes():
+            os.kill(pid, signal.SIGTERM if time.monotonic() < began + _GRACE_S else signal.SIGKILL)
+            time.sleep(0.1)
+
+
 def _prepare(kit: Kit) -> None:
     for name in ("flower", "cwd", "nginx"):
         (kit.state / name).mkdir(parents=True, exist_ok=True)
@@ -484,7 +521,7 @@ def _running(kit: Kit) -> Iterator[None]:
             write_atomically(kit.state / "server.pid", str(os.getpid()).encode(), 0o600)
             yield
     except Timeout:
-        raise ValueError("server: one process must run from a kit, got one that runs already. Stop it first.") from None
+        raise ValueError(_RUNS_ALREADY) from None
 
 
 @contextmanager
