@@ -44,6 +44,7 @@ READY_S = 120.0
 _GRACE_S = 10.0
 _RETRY_S = 30.0  # between two tries to register or unregister what failed
 _LONGEST_PAUSE_S = 60.0  # between two starts of a program that keeps dying
+_READY = "sites may come to"
 _RUNS_ALREADY = "server: one process must run from a kit, got one that runs already. Stop it first."
 Say = Callable[[str], None]
 
@@ -177,7 +178,7 @@ def serve(kit: Kit, *, proxy: bool, say: Say) -> None:
                 each.start()
                 if not each.wait_until_ready(stopping):
                     return
-            say(f"{kit.about.consortium}: sites may come to {kit.about.server}")
+            say(f"{kit.about.consortium}: {_READY} {kit.about.server}")
             _keep(kit, programs, stopping, say)
         finally:
             for each in reversed(programs):  # nobody comes in any more, then the rest
@@ -201,12 +202,10 @@ def start_in_background(kit: Kit, options: list[str]) -> None:
         # -P: a folder called server, such as a kit, must not be taken for the package.
         command = [sys.executable, "-P", "-c", "from server.cli import server; server()", "start", str(kit.folder), *options]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    port = kit.about.port
-    while not (healthy(port, kit.folder / "ca.crt") and process.poll() is None):
+    while _READY.encode() not in (written := log_path.read_bytes()[before:]):
         if process.poll() is not None:
-            written = plain(log_path.read_bytes()[before:].decode(errors="replace")).split("\n")
-            last = next((line.strip() for line in reversed(written) if line.strip()), "no word")
-            raise ValueError(f"server: it must come up, got: {last}")
+            lines = [line.strip() for line in plain(written.decode(errors="replace")).splitlines() if line.strip()]
+            raise ValueError(f"server: it must come up, got: {lines[-1] if lines else 'no word'}")
         time.sleep(0.1)
 
 
