@@ -174,12 +174,15 @@ def serve(kit: Kit, *, proxy: bool, say: Say) -> None:
         _prepare(kit)
         programs = _programs(kit, proxy=proxy)
         try:
+            done_with = b""
             for each in programs:
                 each.start()
                 if not each.wait_until_ready(stopping):
                     return
+                # Before anybody is let through: a site that comes before its key was let in gives up.
+                done_with = done_with or _catch_up(kit, say, fresh=True)
             say(f"{kit.about.consortium}: {_READY} {kit.about.server}")
-            _keep(kit, programs, stopping, say)
+            _keep(kit, programs, stopping, say, done_with)
         finally:
             for each in reversed(programs):  # nobody comes in any more, then the rest
                 each.end()
@@ -348,7 +351,7 @@ def _state(site: str, node: dict[str, Any] | None) -> SiteState:
         case "offline":
             return SiteState(site, False, False, f"last seen {_minute(node['offline-at'])}")
         case "unregistered":
-            return SiteState(site, False, True, "unregistered by hand")
+            return SiteState(site, False, False, "unregistered by hand")
         case _:
             return SiteState(site, False, False, "never seen")
 
@@ -435,28 +438,38 @@ class _Kept:
             self._process.wait()
 
 
-def _keep(kit: Kit, programs: list[_Kept], stopping: threading.Event, say: Say) -> None:
+def _keep(kit: Kit, programs: list[_Kept], stopping: threading.Event, say: Say, done_with: bytes) -> None:
     """Look once a second whether all run and who may take part, until we are told to stop."""
-    superlink, fresh, done_with, again = programs[0], True, b"", 0.0
+    superlink, fresh, again = programs[0], False, 0.0
     while not stopping.wait(1.0):
         [alive, *_] = [each.revive(say) for each in programs]
         fresh |= not alive
-        if not alive or (fresh and not superlink.is_ready()):
+        if not alive or time.monotonic() < again or (fresh and not superlink.is_ready()):
             continue
-        try:
-            text = (kit.folder / "sites.json").read_bytes()
-            if (not fresh and text == done_with) or time.monotonic() < again:
-                continue
-            if fresh:
-                _forget_lost(kit, say)
-                fresh = False
-            if synchronise(kit, read_sites(text.decode()), say):
-                done_with = text
-            else:
-                again = time.monotonic() + _RETRY_S
-        except (ValueError, OSError) as error:  # sites.json is being replaced, the SuperLink is busy: next time
-            say(str(error))
-            again = time.monotonic() + _RETRY_S
+        if fresh or done_with != _sites_file(kit):
+            done_with = _catch_up(kit, say, fresh=fresh)
+            fresh &= not done_with
+            again = 0.0 if done_with else time.monotonic() + _RETRY_S
+
+
+def _sites_file(kit: Kit) -> bytes:
+    """The file as it is now; empty while it is being replaced."""
+    try:
+        return (kit.folder / "sites.json").read_bytes()
+    except OSError:
+        return b""
+
+
+def _catch_up(kit: Kit, say: Say, *, fresh: bool) -> bytes:
+    """Let Flower know who may take part; the file that this was read from, or nothing where it is to be tried again."""
+    text = _sites_file(kit)
+    try:
+        if fresh:
+            _forget_lost(kit, say)
+        return text if synchronise(kit, read_sites(text.decode()), say) else b""
+    except ValueError as error:  # the file is half copied, the SuperLink is busy: next time
+        say(str(error))
+        return b""
 
 
 def _programs(kit: Kit, *, proxy: bool) -> list[_Kept]:
