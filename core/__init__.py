@@ -19,6 +19,10 @@ finetuning  encoder and head on labelled scans; segmentation: encoder inside a U
 rounds      rounds inside one process, resumable; finetune_command: `isocenter finetune`
 privacy     DP-SGD for fine-tuning, hardening of what leaves a site
 exchange    what crosses the wire; npy: arrays from a stranger
+keys        who may take part: authority, certificates, keys of sites and requests
+flower_env  how Flower's programs are started, asked and ended
+files       written whole or not at all
+faults      failures in words that may leave a site; progress: how far long work is
 checkpoint  weights on disk
 export      encoders for others: load_encoder, TorchScript, model card, MONAI bundle
 evaluation  site-effect removal, probes, intervals

@@ -1,7 +1,6 @@
 """Checkpoints: safetensors with the configuration, round and versions beside the weights; written atomically; never pickle."""
 
 import json
-import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from core import __version__
+from core.files import write_atomically as write_atomically
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,6 @@ class Checkpoint:
     stage: str
     round_number: int
     config: dict[str, Any]
-
-
-def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
-    """Write a file so that a crash leaves either the old one or the new one; ``mode`` is who may read it, less the umask."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def pseudonym_key(folder: Path) -> bytes:

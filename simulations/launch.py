@@ -17,15 +17,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO
 
+from core.flower_env import CONNECTION, NO_INSTALL, plain
 from simulations.workplace import (
-    CONNECTION,
     StartError,
     Workplace,
     ask,
     connect,
     follow,
     free_ports,
-    plain,
     start,
     wait_until_healthy,
     workplace,
@@ -34,7 +33,6 @@ from simulations.workplace import (
 PROGRESS_MARKER = "isocenter| "
 """What the server's log lines for people begin with, in the stream of everything a run prints."""
 
-NO_INSTALL = "--disable-runtime-dependency-installation"
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
 

@@ -4,7 +4,6 @@ The same commands, on a machine each, are a deployment between hospitals: the RE
 """
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from simulations.launch import NO_INSTALL, Outcome, open_log, submit
+from core.files import write_atomically
+from core.flower_env import CONNECTION, NO_INSTALL
+from core.keys import new_authority, new_server_certificate, new_site_key
+from simulations.launch import Outcome, open_log, submit
 from simulations.workplace import (
-    CONNECTION,
     Program,
     StartError,
     Workplace,
@@ -27,12 +28,6 @@ from simulations.workplace import (
 )
 
 NodeValue = str | int | float | bool
-_CURVE = ["ec", "-pkeyopt", "ec_paramgen_curve:P-384", "-nodes", "-sha384"]
-_SERVER_EXTENSIONS = """subjectAltName=IP:127.0.0.1,DNS:localhost
-extendedKeyUsage=serverAuth
-keyUsage=digitalSignature
-basicConstraints=CA:FALSE
-"""
 
 
 @dataclass(frozen=True)
@@ -129,22 +124,15 @@ def loopback_federation(
 
 def make_certificates(folder: Path) -> Path:
     """A new certificate authority and a server certificate for 127.0.0.1: `ca.crt`, `server.pem`, `server.key`."""
-    folder.mkdir(parents=True)
-    (folder / "server.ext").write_text(_SERVER_EXTENSIONS, encoding="utf-8")
-    ca = ["-subj", "/O=Isocenter/CN=isocenter-ca", "-addext", "basicConstraints=critical,CA:TRUE"]
-    ca += ["-addext", "keyUsage=critical,keyCertSign,cRLSign", "-keyout", "ca.key", "-out", "ca.crt"]
-    _run(["openssl", "req", "-x509", "-newkey", *_CURVE, "-days", "3650", *ca], folder)
-    server = ["-subj", "/O=Isocenter/CN=superlink", "-keyout", "server.key", "-out", "server.csr"]
-    _run(["openssl", "req", "-newkey", *_CURVE, *server], folder)
-    signed = ["-CA", "ca.crt", "-CAkey", "ca.key", "-CAcreateserial", "-days", "825", "-sha384"]
-    _run(["openssl", "x509", "-req", "-in", "server.csr", *signed, "-extfile", "server.ext", "-out", "server.pem"], folder)
+    server = new_server_certificate(new_authority(folder, "loopback"), ["localhost", "127.0.0.1"])
+    write_atomically(folder / "server.pem", server.certificate, 0o644)
+    write_atomically(folder / "server.key", server.key, 0o600)
     return folder
 
 
 def make_key(path: Path) -> Path:
-    """A new P-384 key of a site at `path`, and its public half at `path`.pub (Flower takes NIST curves only)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-C", path.name, "-f", path.name], path.parent)
+    """A new key of a site at `path`, and its public half at `path`.pub."""
+    new_site_key(path)
     return path
 
 
@@ -160,9 +148,3 @@ def node_config_text(node_config: Mapping[str, NodeValue]) -> str:
                 f"node_config: {name} must be without quotation mark, backslash and line break, got {value!r}. Rename it."
             )
     return " ".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in node_config.items())
-
-
-def _run(command: list[str], folder: Path) -> None:
-    done = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise StartError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")

@@ -1,57 +1,31 @@
-"""A short-lived folder to start Flower's programs from, which leaves nothing behind: no process, no file, no setting.
+"""A short-lived folder to start Flower's programs from, which leaves nothing behind: no process, no file, no setting."""
 
-Flower detaches what it starts, and Ray's workers change their parent and their title. What all of them keep is the
-environment they began with: a mark in it, read through /proc, finds them wherever they hang in the process tree.
-"""
-
-import http.client
-import json
-import os
-import re
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn
 
-CONNECTION = "isocenter"
-"""Name of the one SuperLink that a workplace's Flower home knows."""
+from core.flower_env import ask_flower, end_processes, environment, healthy, plain, program, write_connection
 
-_MARK = "ISOCENTER_WORKPLACE"
-_DECORATION = re.compile(r"\x1b\[[0-9;]*m|[─│╭╮╰╯]+")
 _LONGEST_FOLDER = 36  # Ray's sockets lie about 68 characters deeper, and the path of a Unix socket ends at 107.
-_ANSWER_S = 60.0  # for one short command: on a crowded machine Flower's imports alone take 10 s
-
-_QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+_QUICK = {
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Workers started ahead of the actors, and metrics, are never used and cost a quarter of a short run's CPU time.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_metrics_collection": "0",
-    # Ray listens on every network interface and asks nobody for a password; where it expects no cluster, on loopback only.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "OMP_NUM_THREADS": "1",
-    "COLUMNS": "1000",  # keeps Flower's sentences on one line
-    # `flwr run` does not flush what it prints: through a pipe it would come in blocks of 8 kB.
-    "PYTHONUNBUFFERED": "1",
 }
-_FOREIGN = {"RAY_ADDRESS", "RAY_NAMESPACE", "RAY_RUNTIME_ENV", "RAY_JOB_CONFIG_JSON_ENV_VAR"}
-"""Variables that would tie the run to a Ray cluster that is not ours."""
+"""What makes many short runs on few cores quick."""
 
 
 class StartError(RuntimeError):
@@ -143,7 +117,7 @@ def start(
     log_path = place.folder / f"{name}.log"
     options = _quietly(place, env)
     with log_path.open("wb") as log:
-        process = subprocess.Popen([_program(command), *arguments], **options, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([program(command), *arguments], **options, stdout=log, stderr=subprocess.STDOUT)
     place.programs.append(Program(name, process, log_path))
     return place.programs[-1]
 
@@ -160,7 +134,7 @@ def wait_until_healthy(program: Program, port: int, deadline: float, ca_certific
     Raises:
         StartError: It ended, or did not answer in time.
     """
-    while not _healthy(port, ca_certificate):
+    while not healthy(port, ca_certificate):
         program.check_alive()
         if time.monotonic() > deadline:
             raise StartError(f"{program.name} did not answer before the deadline. It wrote:\n{program.log()}")
@@ -170,13 +144,12 @@ def wait_until_healthy(program: Program, port: int, deadline: float, ca_certific
 
 def connect(place: Workplace, superlink: str) -> None:
     """Let the workplace's `flwr` commands know one SuperLink, given as the TOML lines of its connection."""
-    text = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n{superlink}\n'
-    (place.folder / "config.toml").write_text(text, encoding="utf-8")
+    write_connection(place.folder, superlink)
 
 
 def follow(place: Workplace, arguments: Sequence[str], deadline_s: float) -> Generator[str]:
     """The lines that a `flwr` command prints, without colours, until it ends or is killed at the deadline."""
-    command = [_program("flwr"), *arguments]
+    command = [program("flwr"), *arguments]
     with subprocess.Popen(command, **_quietly(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         timer = threading.Timer(max(deadline_s, 0), process.kill)
@@ -191,21 +164,7 @@ def follow(place: Workplace, arguments: Sequence[str], deadline_s: float) -> Gen
 
 def ask(place: Workplace, *arguments: str) -> dict[str, Any]:
     """The JSON answer of a short `flwr` command; `{"success": False, ...}` with its text when it gave none."""
-    command = [_program("flwr"), *arguments, "--format", "json"]
-    try:
-        done = subprocess.run(command, **_quietly(place), capture_output=True, timeout=_ANSWER_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        return {"success": False, "error-message": str(error)}
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        return {"success": False, "error-message": plain((done.stdout + done.stderr).decode(errors="replace")).strip()}
-    return answer
-
-
-def plain(text: str) -> str:
-    """The text without terminal colours and frames."""
-    return _DECORATION.sub("", text)
+    return ask_flower(arguments, cwd=place.folder / "cwd", env=place.environment)
 
 
 def free_ports(count: int) -> list[int]:
@@ -219,52 +178,13 @@ def free_ports(count: int) -> list[int]:
 
 def stop(place: Workplace, grace_s: float) -> None:
     """Stop every process started from this workplace, directly or not: ask, wait, then kill."""
-    asked = time.monotonic()
-    for pid in processes(place.folder):
-        _send(pid, signal.SIGTERM)
-    while remaining := processes(place.folder):
-        waited = time.monotonic() - asked
-        if waited > grace_s + 60:
-            raise RuntimeError(f"stop: processes {remaining} outlive SIGKILL. End them by hand.")
-        if waited > grace_s:
-            for pid in remaining:
-                _send(pid, signal.SIGKILL)
-        time.sleep(0.05)
-    for program in place.programs:
-        program.process.wait()
-
-
-def processes(folder: Path) -> list[int]:
-    """The living processes that were started, directly or not, from the workplace in `folder`."""
-    mark = f"{_MARK}={folder}".encode()
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        # Those of other people cannot be read and those that end meanwhile are gone: neither is ours.
-        with suppress(OSError):
-            if mark in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-    return found
-
-
-def _send(pid: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
+    end_processes(place.folder, grace_s)
+    for each in place.programs:
+        each.process.wait()
 
 
 def _environment(folder: Path, env: Mapping[str, str]) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-    no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1", "localhost"]))
-    return {
-        **inherited,
-        **_QUIET,
-        "PATH": os.pathsep.join([str(_bin()), os.environ.get("PATH", os.defpath)]),  # Flower starts its parts by name.
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
-        "FLWR_HOME": str(folder),
-        "RAY_TMPDIR": str(folder),
-        _MARK: str(folder),
-        **env,
-    }
+    return {**environment(folder, flower_home=folder), **_QUICK, "RAY_TMPDIR": str(folder), **env}
 
 
 def _quietly(place: Workplace, env: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
@@ -274,34 +194,6 @@ def _quietly(place: Workplace, env: Mapping[str, str] = MappingProxyType({})) ->
         "stdin": subprocess.DEVNULL,
         "start_new_session": True,  # Ctrl-C in the terminal is for us alone.
     }
-
-
-def _bin() -> Path:
-    return Path(sys.executable).parent
-
-
-def _program(command: str) -> str:
-    path = _bin() / command
-    if not path.exists():
-        raise ValueError(
-            f"workplace: {command} must be installed next to Python, got nothing at {str(path)!r}. "
-            "Install isocenter into this Python's environment."
-        )
-    return str(path)
-
-
-def _healthy(port: int, ca_certificate: Path | None) -> bool:
-    if ca_certificate is None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    else:
-        context = ssl.create_default_context(cafile=ca_certificate)
-        connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=5, context=context)
-    with closing(connection):
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
-            return False
 
 
 @contextmanager

@@ -42,7 +42,7 @@ HOMES = {
     "pandera": ("core/data/labels.py",),
     "matplotlib": ("core/report", "simulations/"),
     "mpl_toolkits": ("core/report", "simulations/"),
-    "jinja2": ("core/report", "simulations/"),
+    "jinja2": ("core/report", "server/provision.py", "simulations/"),
 }
 PUBLIC_FLOWER = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
 # Flower gives a message no identity outside its own processes; the in-process federation has to.

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import flower_env
+from core.flower_env import processes
 from simulations import workplace as workplace_module
 from simulations.launch import Outcome, choose_resources, gpu_share, progress_line, simulate, submit
 from simulations.loopback import loopback_federation, make_key, node_config_text
-from simulations.workplace import StartError, processes, start, workplace
+from simulations.workplace import StartError, start, workplace
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -61,7 +63,7 @@ def fake_flower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in (("flower-superlink", FAKE_SUPERLINK), ("flwr", FAKE_FLWR)):
         (programs / name).write_text(f"#!{sys.executable}\n{text}")
         (programs / name).chmod(0o755)
-    monkeypatch.setattr(workplace_module, "_bin", lambda: programs)
+    monkeypatch.setattr(flower_env, "_bin", lambda: programs)
 
 
 def run_fake(tmp_path: Path, fake: str, on_line=lambda _line: None, overrides: str = "") -> Outcome:
@@ -172,7 +174,7 @@ def test_a_temporary_folder_too_deep_for_unix_sockets_is_refused(tmp_path: Path,
 
 
 def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(workplace_module, "_bin", lambda: tmp_path)
+    monkeypatch.setattr(flower_env, "_bin", lambda: tmp_path)
     with workplace() as place, pytest.raises(ValueError, match=r"flower-superlink must be installed next to Python"):
         start(place, "flower-superlink", [])
 
