@@ -14,7 +14,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.site import Site, holdings, this_site
+from client.door import Door
+from client.site import Site, holdings, limit_resources, site_policy, this_site
 from core.checkpoint import load_strictly
 from core.config import ConfigError, RunConfig, load_config
 from core.data.holdings import Holdings
@@ -42,6 +43,7 @@ from core.exchange import (
     SiteError,
     State,
     content,
+    describe_answer,
     fingerprint,
     pack,
     pack_embeddings,
@@ -111,30 +113,46 @@ def at_site(function: Task) -> Handler:
     """Run a task as this node's site and let nothing but its answer, or a sentence made to be shared, leave."""
 
     def run(message: Message, context: Context) -> Message:
+        about = message.content.config_records.get("config", ConfigRecord())
+        door = Door.of(context.node_config, message.metadata.message_type, context.run_id, context.run_config, about.get("round"))
         try:
-            config = load_config(str(context.run_config.get("overrides", "")))
-            received = message.content
-            if received.config_records["config"]["fingerprint"] != fingerprint():
-                raise SiteError("code", "this site must run the server's code, got another; stop the old SuperLink.")
-            site = this_site(context.node_config, config)
-            if site.threads is not None:
-                torch.set_num_threads(site.threads)
-            work = Work(received, config, site, holdings(site, config), context.state)
-            return Message(content=function(work), reply_to=message)
-        except SiteError:
+            return Message(content=answer(function, message, context, door), reply_to=message)
+        except SiteError as error:
+            door.note(error)
             raise
-        except NotFiniteError as error:
-            raise SiteError("not_finite", str(error)) from None
-        except (UnusableScansError, TableError, TargetError) as error:
-            raise SiteError("data", str(error)) from None
-        except (ConfigError, ExchangeError) as error:
-            raise SiteError("exchange", str(error)) from None
-        except Exception:
-            incident = secrets.token_hex(4)
-            log.exception("incident %s", incident)
-            raise SiteError("incident", f"incident {incident}: see the site's local log.") from None
 
     return run
+
+
+def answer(function: Task, message: Message, context: Context, door: Door) -> RecordDict:
+    """What a task answers, as far as the site's policy lets it in and out.
+
+    Raises:
+        SiteError: whatever went wrong, in words that may leave the site.
+    """
+    try:
+        config = load_config(str(context.run_config.get("overrides", "")))
+        received = message.content
+        if received.config_records["config"]["fingerprint"] != fingerprint():
+            raise SiteError("code", "this site must run the server's code, got another; stop the old SuperLink.")
+        door.enter(site_policy(context.node_config), config)
+        site = this_site(context.node_config, config)
+        limit_resources(site)
+        found = function(Work(received, config, site, holdings(site, config), context.state))
+        door.leave(site.policy, config, describe_answer(found))
+        return found
+    except SiteError:
+        raise
+    except NotFiniteError as error:
+        raise SiteError("not_finite", str(error)) from None
+    except (UnusableScansError, TableError, TargetError) as error:
+        raise SiteError("data", str(error)) from None
+    except (ConfigError, ExchangeError) as error:
+        raise SiteError("exchange", str(error)) from None
+    except Exception:
+        incident = secrets.token_hex(4)
+        log.exception("incident %s", incident)
+        raise SiteError("incident", f"incident {incident}: see the site's local log.") from None
 
 
 def diagnosed(data: SiteData) -> SiteData:

@@ -15,7 +15,7 @@ from simulations.in_process import InProcessGrid
 NodeConfig = dict[str, str | int | bool | float]
 RunGrowing = Callable[..., tuple[list[dict[str, dict[str, object]]], Path]]
 TINY = (
-    "experiment=tiny finetune=none data=folder data.root=null num_rounds=3 debias.erase=none simulation.share_per_scan=false "
+    "experiment=tiny finetune=none data=folder data.root=null num_rounds=3 debias.erase=none policy.share_per_scan=false "
     "name=late"
 )
 
@@ -164,7 +164,7 @@ def test_a_site_under_the_floor_tells_nothing_and_still_learns(
 ) -> None:
     """Four healthy training subjects beside three larger sites: nothing of the small one enters what the others receive."""
     write_site(consortium / "small", seed=9, healthy=4, gain=3.0)
-    shared = "simulation.min_group=5 data.fractions=[1,0,0] debias.erase=none debias.kernel.bandwidths.age_years=40 num_rounds=1"
+    shared = "policy.min_group=5 data.fractions=[1,0,0] debias.erase=none debias.kernel.bandwidths.age_years=40 num_rounds=1"
     told: dict[str, dict[int, list[bytes]]] = {}
 
     def listen(run: str) -> Callable[[Message, str], Message | None]:
