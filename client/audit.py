@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -113,8 +112,12 @@ class AuditLog:
             AuditError: a file cannot be read.
         """
         try:
-            content = self.path.read_bytes() if self.path.exists() else b""
-            head = self.head_path.read_text() if self.head_path.exists() else None
+            content, head, again = b"", None, self._read_head()
+            # Another process may write meanwhile: the head is the same before and behind what belongs to it.
+            for attempt in range(10):
+                if attempt and head == again:
+                    break
+                head, content, again = again, self.path.read_bytes() if self.path.exists() else b"", self._read_head()
         except (OSError, UnicodeDecodeError) as error:
             raise AuditError(f"{self.path}: the log and its head must be readable, got {error}.") from None
         *lines, torn = content.split(b"\n")
@@ -127,16 +130,22 @@ class AuditLog:
             entries.append(json.loads(line))
         return _against_head(tuple(entries), torn, head)
 
+    def _read_head(self) -> str | None:
+        return self.head_path.read_text() if self.head_path.exists() else None
+
     def read(self) -> tuple[Entry, ...]:
         """The entries of a log that is whole, but for a torn last line.
 
         Raises:
             AuditError: the log was changed, or cannot be read.
         """
+        return self._whole().entries
+
+    def _whole(self) -> Chain:
         chain = self.examine()
         if chain.problem:
             raise AuditError(f"{self.path}: the log must be as it was written, got a change at {chain.problem}")
-        return chain.entries
+        return chain
 
     def append(self, **fields: Any) -> Entry:
         """Add an entry and flush it to the disk; a torn last line is taken out before and told in an entry of its own.
@@ -150,9 +159,11 @@ class AuditLog:
         if unknown := set(fields) - set(FIELDS):
             raise TypeError(f"audit: fields must be of {sorted(FIELDS)}, got {sorted(unknown)}.")
         with self.held():
-            entries = self.read()
-            torn = self.examine().torn
+            chain = self._whole()
+            entries, torn = chain.entries, chain.torn
             try:
+                if chain.behind:
+                    self._write_head(entries[-1])
                 if torn:
                     what = f"a last line of {len(torn)} bytes (sha256 {hashlib.sha256(torn).hexdigest()}) was torn and taken out"
                     entries = (*entries, self._write(entries, {"message": REPAIR, "error": what}, torn))
@@ -185,7 +196,7 @@ class AuditLog:
     def _write_head(self, entry: Entry) -> None:
         """Replace the head as a whole."""
         new = self.head_path.with_suffix(".head.new")
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
         try:
             _write_at(descriptor, 0, (canonical({"n": entry["n"], "hash": entry["hash"]}) + "\n").encode())
         finally:
@@ -196,11 +207,7 @@ class AuditLog:
 
 def _write_at(descriptor: int, end: int, data: bytes) -> None:
     """Write all of the data at a file's end and flush it; the file is as it was if that fails."""
-    before = (
-        os.pread(descriptor, max(0, os.fstat(descriptor).st_size - end), end)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode)
-        else b""
-    )
+    before = os.pread(descriptor, max(0, os.fstat(descriptor).st_size - end), end)
     try:
         os.ftruncate(descriptor, end)
         written = 0
