@@ -15,7 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 from flwr.clientapp import ClientApp
 
 from client.door import Door
-from client.site import Site, holdings, limit_resources, site_policy, this_site
+from client.site import Site, holdings, limit_resources, this_site
 from core.checkpoint import load_strictly
 from core.config import ConfigError, RunConfig, load_config
 from core.data.holdings import Holdings
@@ -135,8 +135,8 @@ def answer(function: Task, message: Message, context: Context, door: Door) -> Re
         received = message.content
         if received.config_records["config"]["fingerprint"] != fingerprint():
             raise SiteError("code", "this site must run the server's code, got another; stop the old SuperLink.")
-        door.enter(site_policy(context.node_config), config)
         site = this_site(context.node_config, config)
+        door.enter(site.policy, config)
         limit_resources(site)
         found = function(Work(received, config, site, holdings(site, config), context.state))
         door.leave(site.policy, config, describe_answer(found))

@@ -16,7 +16,16 @@ site = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Kit = Annotated[Path, typer.Argument(help="The kit's folder, which holds site.yaml and state.", show_default=False)]
+Kit = Annotated[
+    Path,
+    typer.Argument(
+        help="The kit's folder, which holds site.yaml and state.",
+        show_default=False,
+        exists=True,
+        file_okay=False,
+        resolve_path=True,
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -73,8 +82,12 @@ def audit(
         )
     if chain.problem:
         fail(f"{log.path}: the log must be as it was written, got a change at {chain.problem}")
-    head = chain.entries[-1]["hash"] if chain.entries else "none"
-    typer.echo(f"the log is whole: {len(chain.entries)} entries, head {head}", err=as_json)
+    told = (
+        f"the log is whole: {len(chain.entries)} entries, head {chain.entries[-1]['hash']}"
+        if chain.entries
+        else "there is no log"
+    )
+    typer.echo(told, err=as_json)
 
 
 def print_entries(entries: "tuple[Entry, ...]") -> None:

@@ -161,6 +161,9 @@ class Privacy(Closed):
     min_noise_multiplier: Annotated[Number, Field(ge=0)] = Field(
         default=0.0, description="least noise of clip_and_noise, in units of its clipping norm"
     )
+    max_delta: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="most delta of DP-SGD in a run; null: less than 1 / number of subjects, as always"
+    )
     max_epsilon: Positive | None = Field(
         default=None, description="most epsilon that all runs of the audit log together may spend; needs require: dp_sgd"
     )
@@ -421,7 +424,11 @@ def stricter(policy: SitePolicy, config: RunConfig) -> Allowance:
 
 def satisfies(choice: PrivacyChoice, privacy: Privacy) -> bool:
     """Whether fine-tuning with this choice does what the policy requires; a mechanism without noise is none."""
-    private = isinstance(choice, DpSgd) and math.isfinite(choice.target_epsilon)
+    private = (
+        isinstance(choice, DpSgd)
+        and math.isfinite(choice.target_epsilon)
+        and (privacy.max_delta is None or choice.delta <= privacy.max_delta)
+    )
     noised = (
         isinstance(choice, ClipAndNoise)
         and choice.noise_multiplier > 0
@@ -433,7 +440,8 @@ def satisfies(choice: PrivacyChoice, privacy: Privacy) -> bool:
 def _remedy(privacy: Privacy) -> str:
     """What a run must choose."""
     if privacy.require == "dp_sgd":
-        return "dp_sgd and a finite privacy.target_epsilon"
+        delta = "" if privacy.max_delta is None else f" and privacy.delta of {privacy.max_delta:g} or less"
+        return f"dp_sgd and a finite privacy.target_epsilon{delta}"
     return f"clip_and_noise, a positive privacy.noise_multiplier of {privacy.min_noise_multiplier:g} or more, or privacy=dp_sgd"
 
 

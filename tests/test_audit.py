@@ -264,4 +264,7 @@ def test_the_command_prints_what_left(log: AuditLog) -> None:
     torn = RUNNER.invoke(app, ["site", "audit", str(kit)])
     assert torn.exit_code == 0
     assert "the last line is torn after 6 bytes" in torn.output
-    assert RUNNER.invoke(app, ["site", "audit", str(kit / "none")]).exit_code == 0
+    assert RUNNER.invoke(app, ["site", "audit", str(kit / "none")]).exit_code == 2
+    (kit / "new").mkdir()
+    new = RUNNER.invoke(app, ["site", "audit", str(kit / "new")])
+    assert (new.exit_code, new.output.strip()) == (0, "there is no log")

@@ -1,6 +1,7 @@
 """A site's own policy: read, told, and stricter than any run."""
 
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -206,6 +207,8 @@ DP = "privacy=dp_sgd start=/x num_rounds=0 debias=none finetune.class_weights=no
         ({"require": "dp_sgd", "max_epsilon": 8.0}, DP, True),
         ({"require": "dp_sgd", "max_epsilon": 7.9}, DP, False),
         ({"require": "dp_sgd"}, f"{DP} privacy.target_epsilon=inf", False),
+        ({"require": "dp_sgd", "max_delta": 1e-5}, DP, True),
+        ({"require": "dp_sgd", "max_delta": 1e-5}, f"{DP} privacy.delta=1e-4", False),
     ],
 )
 def test_what_fine_tuning_must_guarantee(privacy: dict[str, Any], run: str, taken: bool) -> None:
@@ -267,6 +270,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
     if name == "clip_and_noise":
         plain["privacy"]["noise_multiplier"] = draw(st.sampled_from([0.0, 0.1, 1.0]))
     if name == "dp_sgd":
+        plain["privacy"]["delta"] = draw(st.sampled_from([1e-6, 1e-3]))
         plain["privacy"]["target_epsilon"] = draw(st.sampled_from([0.1, 3.0, 50.0, float("inf")]))
     return RunConfig.model_validate(plain)
 
@@ -295,7 +299,11 @@ def policies(draw: st.DrawFn) -> dict[str, Any]:
             "round_counts_to": draw(st.integers(1, 30)),
         },
         "allow": {"stages": draw(subsets(get_args(Stage))), "moments": draw(subsets(get_args(MomentKind)))},
-        "privacy": {"require": require, "max_epsilon": draw(st.sampled_from([None, 1.0, 8.0])) if require == "dp_sgd" else None},
+        "privacy": {
+            "require": require,
+            "max_epsilon": draw(st.sampled_from([None, 1.0, 8.0])) if require == "dp_sgd" else None,
+            "max_delta": draw(st.sampled_from([None, 1e-5])),
+        },
         "hours": draw(st.sampled_from([None, "20:00-06:00", "08:00-17:00"])),
     }
 
@@ -339,6 +347,8 @@ def weakened(tree: dict[str, Any], config: RunConfig, site_file: Path) -> set[st
         found |= set() if about.tells in (*tree["allow"]["moments"], None) else {"moments"}
         if message == "train.finetune":
             private = config.privacy.target_epsilon if isinstance(config.privacy, DpSgd) else float("inf")
+            if tree["privacy"]["require"] == "dp_sgd" and isinstance(config.privacy, DpSgd):
+                found |= {"max_delta"} if config.privacy.delta > (tree["privacy"]["max_delta"] or 1) else set()
             noise = getattr(config.privacy, "noise_multiplier", 0.0)
             required = {"none": True, "clip_and_noise": private < 100 or noise > 0, "dp_sgd": private < 100}
             found |= set() if required[tree["privacy"]["require"]] else {"require"}
@@ -381,7 +391,7 @@ def test_the_property_finds_a_field_that_a_run_weakens(key: str, site_file: Path
     assert example
 
 
-@pytest.mark.parametrize("key", ["stages", "moments", "require", "max_epsilon", "hours"])
+@pytest.mark.parametrize("key", ["stages", "moments", "require", "max_epsilon", "max_delta", "hours"])
 def test_the_property_finds_a_task_that_should_be_refused(key: str, site_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SitePolicy, "refusal", lambda *_: None)
     assert find(st.tuples(policies(), runs()), lambda drawn: key in weakened(*drawn, site_file), settings=FIRST)
@@ -554,6 +564,15 @@ def test_the_command_prints_every_key_in_words(tmp_path: Path) -> None:
     assert "the stricter of both holds in every field" in shown.stdout
     wrong = RUNNER.invoke(app, ["site", "policy", str(tmp_path)])
     assert (wrong.exit_code, len(wrong.output.strip().splitlines())) == (2, 1)
+
+
+def test_the_readme_shows_a_policy() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    [shown] = re.findall(r"```yaml\n(site: .*?)```", text, re.DOTALL)
+    policy = SitePolicy.model_validate(yaml.safe_load(shown))
+    told = {line.key for line in describe_policy(policy)}
+    commented = {line.split(":")[0].strip() for line in shown.splitlines()}
+    assert {key.rpartition(".")[2] for key in told} <= commented
 
 
 def test_a_virtual_site_does_as_the_run_says(consortium: Path) -> None:
