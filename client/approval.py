@@ -220,7 +220,7 @@ def shown(text: str) -> str:
 
 
 def difference(before: Mapping[str, bytes], after: Mapping[str, bytes], base: str) -> str:
-    r"""What changed between two sets of files, a summary first; files that are binary or large are named only.
+    r"""What changed between two sets of files, a summary first; files that are gone, binary or large are named only.
 
     >>> print(difference({"a.py": b"x = 1\n"}, {"a.py": b"x = 2\n", "b.py": b""}, "before"))
     against before: 0 files same, 1 changed, 1 added, 0 removed
@@ -244,6 +244,9 @@ def difference(before: Mapping[str, bytes], after: Mapping[str, bytes], base: st
     for kind, names in kinds.items():
         for name in names:
             old, new = before.get(name, b""), after.get(name, b"")
+            if kind == "removed":
+                lines.append(f"removed {shown(name)} ({len(old)} bytes)")
+                continue
             old_lines, new_lines = _text(old), _text(new)
             if old_lines is None or new_lines is None:
                 lines.append(f"{kind} {shown(name)}: not shown, it is binary or large ({len(old)} bytes before, {len(new)} now)")
