@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from client.approval import ApprovalError, Approvals
-from client.warm import connect, mark_stopped, private_folder
+from client.state import private_folder
+from client.warm import connect, mark_stopped
 
 FLOWER = "1.41"
 BUSY_S, IDLE_S = 0.25, 2.0
@@ -133,7 +134,14 @@ def check_flower(internal: Any) -> None:
         StartError: it is another.
     """
     found = version("flwr")
-    parts = ("http_request_response", "_pull_and_store_message", "_push_messages", "_verify_fab", "FAB_VERIFICATION_ERROR", "time")
+    parts = (
+        "http_request_response",
+        "_pull_and_store_message",
+        "_push_messages",
+        "_verify_fab",
+        "FAB_VERIFICATION_ERROR",
+        "time",
+    )
     if not found.startswith(f"{FLOWER}.") or not all(hasattr(internal, part) for part in parts):
         raise StartError(f"site: flwr must be {FLOWER}, got {found}. Install isocenter with its constraints.txt.")
 

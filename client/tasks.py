@@ -14,8 +14,9 @@ from typing import cast
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from client.door import Door
 from client.jobs import Job
-from client.site import Site, holdings, this_site
+from client.site import Site, holdings, limit_resources, this_site
 from core import progress
 from core.checkpoint import load_strictly
 from core.config import ConfigError, RunConfig, load_config
@@ -47,6 +48,7 @@ from core.exchange import (
     check_names,
     check_size,
     content,
+    describe_answer,
     fingerprint,
     of_message,
     pack,
@@ -130,6 +132,21 @@ def carry_out(job: Job) -> RecordDict:
     Raises:
         SiteError: it could not be done.
     """
+    about = job.received.config_records.get("config", ConfigRecord())
+    door = Door.of(job.node_config, job.message_type, job.run_id, job.run_config, about.get("round"))
+    try:
+        return answer(job, door)
+    except SiteError as error:
+        door.note(error)
+        raise
+
+
+def answer(job: Job, door: Door) -> RecordDict:
+    """What a task answers, as far as the site's policy lets it in and out.
+
+    Raises:
+        SiteError: whatever went wrong, in words that may leave the site.
+    """
     try:
         config = load_config(str(job.run_config.get("overrides", "")))
         check_size(job.received, config.strategy.max_message_mb, "server")
@@ -137,12 +154,13 @@ def carry_out(job: Job) -> RecordDict:
         if about.get("fingerprint") != fingerprint():
             raise SiteError("code", "this site must run the server's code, got another; stop the old SuperLink.")
         site = this_site(job.node_config, config)
-        if site.threads is not None:
-            torch.set_num_threads(site.threads)
-        work = Work(job.received, config, site, holdings(site, config), job.memory)
+        door.enter(site.policy, config)
+        limit_resources(site)
         limit = about.get("deadline-s")
         with progress.until(time.monotonic() + limit if isinstance(limit, float) else None):
-            return TASKS[job.message_type](work)
+            found = TASKS[job.message_type](Work(job.received, config, site, holdings(site, config), job.memory))
+        door.leave(site.policy, config, describe_answer(found))
+        return found
     except SiteError:
         raise
     except NotFiniteError as error:

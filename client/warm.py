@@ -22,6 +22,7 @@ from pathlib import Path
 from flwr.app import RecordDict
 
 from client.jobs import Job, receive, send
+from client.state import private_folder, state_folder
 from core.faults import SiteError
 
 ROOT = Path(__file__).parents[1]
@@ -37,29 +38,6 @@ class WorkerLostError(Exception):
     """The worker ended, or stopped responding, in the middle of a task."""
 
 
-def state_folder(node_config: Mapping[str, object]) -> Path:
-    """Where a site keeps what it needs between tasks: beside its ``site-file``, at ``state-root``, or in Flower's home."""
-    if "state-root" in node_config:
-        return Path(str(node_config["state-root"]))
-    if "site-file" in node_config:
-        return Path(str(node_config["site-file"])).parent / "state"
-    home = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
-    return home / "isocenter" / str(node_config.get("site", "site"))
-
-
-def private_folder(folder: Path) -> Path:
-    """The folder, made so that only its owner may enter it.
-
-    Raises:
-        SiteError: it is someone else's, or others may enter it.
-    """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    about = folder.stat()
-    if about.st_uid != os.getuid() or about.st_mode & 0o077:
-        raise SiteError("state", "the site's state folder must be its user's alone (mode 700), it is open to others; mend that.")
-    return folder
-
-
 def patience_s(node_config: Mapping[str, object]) -> float:
     """How long a worker may be without progress before it is taken for hung."""
     return float(str(node_config.get("worker-patience-s", PATIENCE_S)))
@@ -71,7 +49,9 @@ def ask_worker(job: Job) -> RecordDict:
     Raises:
         SiteError: the task failed, or the worker was lost twice.
     """
-    folder = private_folder(private_folder(state_folder(job.node_config)) / "worker")
+    flower = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
+    state = state_folder(job.node_config) or flower / "isocenter" / str(job.node_config.get("site", "site"))
+    folder = private_folder(private_folder(state) / "worker")
     for attempt in (1, 2):
         with _alone(folder):
             worker = connect(folder)

@@ -21,7 +21,8 @@ from typing import Any
 from flwr.app import ConfigRecord, RecordDict
 
 from client.jobs import Job, decode_head, decoded, encode, receive, send
-from client.warm import BEAT_S, ROOT, is_stopped, mark_stopped, private_folder, socket_path
+from client.state import private_folder
+from client.warm import BEAT_S, ROOT, is_stopped, mark_stopped, socket_path
 from core import progress
 from core.checkpoint import write_atomically
 from core.faults import SiteError

@@ -418,8 +418,8 @@ class EvaluationConfig(Closed):
     site_probe: Literal["lda", "logistic"]
 
 
-class SimulationConfig(Closed):
-    """The policy of virtual sites; no real site reads it."""
+class PolicyConfig(Closed):
+    """What the run asks every site to keep at least; a real site keeps the stricter of this and its own policy."""
 
     min_group: Count
     diagonal_subjects: Count
@@ -428,7 +428,7 @@ class SimulationConfig(Closed):
     share_per_scan: bool
 
     def moment_policy(self) -> MomentPolicy:
-        """What a virtual site sends about a group."""
+        """What may be sent about a group."""
         return MomentPolicy(**self.model_dump(exclude={"share_per_scan"}))
 
 
@@ -508,7 +508,7 @@ class RunConfig(Closed):
     privacy: Annotated[PrivacyChoice, Field(discriminator="name")]
     finetune: FinetuneConfig
     evaluation: EvaluationConfig
-    simulation: SimulationConfig
+    policy: PolicyConfig
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":

@@ -239,6 +239,33 @@ def array_bytes(message: RecordDict) -> dict[str, int]:
     return sizes
 
 
+def describe_answer(answer: RecordDict) -> dict[str, object]:
+    """What an answer holds, for a site's audit log: arrays by name, shape, dtype and bytes; names of all else; bytes in all.
+
+    A name is that of the record, then that within it: ``arrays/float32``, ``metrics/loss``.
+    """
+    arrays = [
+        {"name": f"{record}/{name}", "shape": list(array.shape), "dtype": array.dtype, "bytes": len(array.data)}
+        for record, group in answer.array_records.items()
+        for name, array in group.items()
+    ]
+    values = {
+        f"{record}/{name}": value
+        for records in (answer.metric_records, answer.config_records)
+        for record, group in records.items()
+        for name, value in group.items()
+    }
+    size = sum(len(array.data) for group in answer.array_records.values() for array in group.values())
+    return {"arrays": arrays, "statistics": sorted(values), "bytes": size + sum(map(_value_bytes, values.values()))}
+
+
+def _value_bytes(value: object) -> int:
+    """Bytes of a number, a text, or several of them."""
+    if isinstance(value, list):
+        return sum(map(_value_bytes, value))
+    return len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 8
+
+
 def check_finite(state: Mapping[str, Tensor], where: str = "exchange") -> None:
     """Refuse NaN and infinities: one would spoil the average for every site."""
     bad = [name for name, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())]

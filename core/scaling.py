@@ -58,8 +58,8 @@ def standardisation_from(sums: Sequence[Tensor]) -> Reference:
         raise ValueError(
             f"standardisation: at least one site must tell the sum of squares of each feature, got none for {len(untold)} of "
             f"{sums_S3I.shape[2]}, the first is number {untold[0] + 1} by name. Fewer healthy training subjects have these than "
-            "diagonal-subjects of every site asks for (simulation.diagonal_subjects in a simulation): lower it where the site "
-            "allows, or leave the features out with data.columns.ignore."
+            "diagonal-subjects of every site, or policy.diagonal_subjects of the run, asks for: lower both where the sites "
+            "allow it, or leave the features out with data.columns.ignore."
         )
     parts = [reference_from(list(sums_S3I[:, :, [feature]])) for feature in range(sums_S3I.shape[2])]
     told = [part for part in parts if part is not None]

@@ -40,7 +40,7 @@ def pretrained_encoder(root: Path, overrides: Sequence[str]) -> tuple[RunConfig,
     from simulations.in_process import run_in_process
 
     with tempfile.TemporaryDirectory() as output:
-        fixed = f"data.root={json.dumps(str(root))} output={output} name=age-maps finetune=none simulation.share_per_scan=false"
+        fixed = f"data.root={json.dumps(str(root))} output={output} name=age-maps finetune=none policy.share_per_scan=false"
         text = " ".join([*overrides, fixed])
         names = list_sites(root)
         nodes = {number + 1: {"partition-id": number, "num-partitions": len(names)} for number in range(len(names))}

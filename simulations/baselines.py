@@ -387,7 +387,7 @@ def _standardised(data: SitesData) -> SitesData:
     """The same with the standardisation of the known sites' training rows, patients' too, and the table that this gives."""
     initial = _fresh_model(data.config, data.splits).state_dict()
     if data.config.data.kind == "table":
-        policy = data.config.simulation.moment_policy()
+        policy = data.config.policy.moment_policy()
         sums = [input_sums(_inputs(data.splits[site]["train"].first_scans()), policy) for site in data.known]
         initial |= standardising(standardisation_from(sums))
     data = replace(data, initial=initial)

@@ -237,6 +237,6 @@ def study_images(root: Path, told: Told, overrides: str, num_anatomies: int) -> 
         told(f"holding the {name} encoder against the truth")
         model = build_pretrainer(config.encoder, config.embedding_size, config.seed, num_classes=config.num_classes)
         load_strictly(model, state)
-        policy = config.simulation.moment_policy()
+        policy = config.policy.moment_policy()
         results.append(study_encoder(name, model, observed[name], about, policy, of_run if name == "pretrained" else None))
     return results

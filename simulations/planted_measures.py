@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 Figure3 = tuple[float, float, float]
 """A value and the bounds of its interval."""
 
-SPLIT = "data.fractions=[0.6,0,0.4] finetune=none evaluation=none simulation.share_per_scan=false"
+SPLIT = "data.fractions=[0.6,0,0.4] finetune=none evaluation=none policy.share_per_scan=false"
 
 
 def given_columns(age_N: Floats, male_N: Floats) -> Floats:
@@ -92,7 +92,7 @@ def fitted_eraser(
     ]
     eraser = fit_eraser(told, reference, max_directions=max_directions)
     if eraser is None:
-        raise ValueError("planted: a site must tell how features change with age, got none. Lower simulation.min_group.")
+        raise ValueError("planted: a site must tell how features change with age, got none. Lower policy.min_group.")
     return eraser
 
 

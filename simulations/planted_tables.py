@@ -325,7 +325,7 @@ def study_apps(plan: Plan, seed: int, overrides: str) -> AppsResult:
             shares[f"h{ending}"] = recovered_share(split.embeddings(h_NF))
             if erased:
                 about = split.embeddings(consortium.rows())
-                ours = fitted_eraser(about.h_NF.astype(np.float64), about, config.simulation.moment_policy())
+                ours = fitted_eraser(about.h_NF.astype(np.float64), about, config.policy.moment_policy())
                 gap = projector_gap(model.encoder.standardise.directions.detach(), ours.directions_KF)
     return AppsResult(plan=plan, eraser_gap=gap, **shares)
 

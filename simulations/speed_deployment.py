@@ -34,10 +34,11 @@ from flwr.app import ConfigRecord
 
 from core.config import load_config
 from core.exchange import content, fingerprint, pack
+from core.flower_env import processes
 from core.models import build_pretrainer
 from simulations.loopback import NodeValue, loopback_federation
 from simulations.relay import Relay
-from simulations.workplace import StartError, free_ports, processes, workplace
+from simulations.workplace import StartError, free_ports, workplace
 
 if TYPE_CHECKING:
     from rich.table import Table

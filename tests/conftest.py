@@ -18,7 +18,7 @@ import torch
 NodeConfig = dict[str, str | int | bool | float]
 torch.set_num_threads(1)
 # Without per-scan results there is nothing to probe and draw, which would take most of the time.
-TINY = "experiment=tiny finetune=none evaluation=per_scan simulation.share_per_scan=false"
+TINY = "experiment=tiny finetune=none evaluation=per_scan policy.share_per_scan=false"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

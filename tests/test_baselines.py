@@ -54,7 +54,7 @@ with_golden = pytest.mark.skipif(
 )
 TINY_TABLE = (
     "experiment=roi debias=none num_rounds=3 local_steps=2 batch_size=8 warmup_rounds=0 encoder.width=8 embedding_size=4 "
-    "simulation.min_group=4 simulation.diagonal_subjects=6 data.fractions=[0.6,0,0.4] data.unseen_sites=[d]"
+    "policy.min_group=4 policy.diagonal_subjects=6 data.fractions=[0.6,0,0.4] data.unseen_sites=[d]"
 )
 TINY_VOLUMES = "experiment=tiny finetune=none debias=none data=folder"
 METADATA = ("subject", "site", "scanner", "sex", "diagnosis", "split", "age_years")
@@ -110,7 +110,7 @@ def assert_like_the_run(data: SitesData, folder: Path) -> None:
 
 @pytest.mark.usefixtures("unprobed")
 def test_fedavg_is_the_real_apps_on_volumes(consortium: Path, federate: Callable[..., Path]) -> None:
-    overrides = "debias=none simulation.share_per_scan=true data.unseen_sites=[a]"
+    overrides = "debias=none policy.share_per_scan=true data.unseen_sites=[a]"
     folder = federate(consortium, overrides)
     data = opened(TINY_VOLUMES, f"data.root={consortium} data.unseen_sites=[a]")
     assert data.known == ("b", "c")

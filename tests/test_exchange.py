@@ -154,7 +154,7 @@ def answers_before_training(folder: Path, rows: Sequence[str], debias: str) -> l
 
     overrides = (
         f"experiment=roi {debias} debias.erase=input data.table=null data.fractions=[1,0,0] encoder.width=4 embedding_size=2 "
-        f"output={folder}"
+        f"output={folder} policy.min_group=8 policy.diagonal_subjects=8"
     )
     policy = {"min-group": 8, "diagonal-subjects": 8}
     nodes = {number: {"site": site, "data-root": str(folder / f"{site}.csv"), **policy} for number, site in enumerate("ab", 1)}

@@ -46,7 +46,7 @@ from server.sites import RunError
 from simulations.in_process import run_in_process
 
 OPEN = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
-PERMISSIVE = " ".join(f"simulation.{name}={value}" for name, value in vars(OPEN).items())
+PERMISSIVE = " ".join(f"policy.{name}={value}" for name, value in vars(OPEN).items())
 TINY = (
     "experiment=roi debias=none num_rounds=1 local_steps=1 batch_size=8 warmup_rounds=0 encoder.width=9 embedding_size=4 "
     "data.fractions=[0.6,0,0.4] data.unseen_sites=[d] evaluation.features=5"
@@ -252,15 +252,13 @@ def test_one_site_that_keeps_its_scans_makes_all_figures_sums(tmp_path: Path, fe
 
 
 def test_a_policy_that_few_meet_leaves_nearest_means_and_says_why(federate: Federate) -> None:
-    folder = federate("evaluation=sums simulation.min_group=8 simulation.round_counts_to=2 simulation.diagonal_subjects=10")
+    folder = federate("evaluation=sums policy.min_group=8 policy.round_counts_to=2 policy.diagonal_subjects=10")
     found = figures(folder)
     assert ("pretrained", "site", "balanced_accuracy_nearest", "all") in found
     assert ("pretrained", "site", "balanced_accuracy_lda", "all") in found  # of a few directions
     report = (folder / "report.html").read_text()
     assert "those that need a covariance see the first" in report
-    large = (
-        "evaluation=sums simulation.min_group=24 simulation.covariance_subjects_per_feature=30 simulation.diagonal_subjects=10"
-    )
+    large = "evaluation=sums policy.min_group=24 policy.covariance_subjects_per_feature=30 policy.diagonal_subjects=10"
     strict = federate(large, name="strict")
     assert {metric for _, _, metric, _ in figures(strict)} == {"balanced_accuracy_nearest"}
     report = (strict / "report.html").read_text()
@@ -269,10 +267,10 @@ def test_a_policy_that_few_meet_leaves_nearest_means_and_says_why(federate: Fede
 
 
 def test_no_evaluation_and_evaluation_of_scans_alone(federate: Federate) -> None:
-    folder = federate("evaluation=none simulation.diagonal_subjects=10", name="none")
+    folder = federate("evaluation=none policy.diagonal_subjects=10", name="none")
     assert figures(folder) == {}
     assert "Nothing was evaluated: evaluation=none." in (folder / "report.html").read_text()
-    folder = federate("evaluation=per_scan simulation.share_per_scan=false simulation.diagonal_subjects=10", name="scans")
+    folder = federate("evaluation=per_scan policy.share_per_scan=false policy.diagonal_subjects=10", name="scans")
     assert figures(folder) == {}
     assert "a: this site keeps the results of single scans at home" in (folder / "report.html").read_text()
 
@@ -293,7 +291,7 @@ def test_fine_tuned_classifiers_are_scored_from_histograms(federate: Federate) -
 
 @pytest.mark.usefixtures("unprobed", "quick_probes", "few_resamples")
 def test_what_crossed_the_wire_and_who_had_which_role_are_written(federate: Federate) -> None:
-    folder = federate("simulation.min_group=4 simulation.diagonal_subjects=10", "evaluation=per_scan", name="run")
+    folder = federate("policy.min_group=4 policy.diagonal_subjects=10", "evaluation=per_scan", name="run")
     traffic = json.loads((folder / "traffic.json").read_text())
     assert next(iter(traffic)) == "weights"
     assert traffic["embeddings"]["to sites"] == 0 < traffic["embeddings"]["from sites"]

@@ -31,7 +31,7 @@ def last(folder: Path) -> Path:
 def test_a_run_goes_from_scans_to_a_report(consortium: Path, federate: Federate) -> None:
     folder = federate(
         consortium,
-        "simulation.share_per_scan=true finetune=both finetune.num_rounds=1 data.pretrain_sites=[a,b] data.target_sites=[c]",
+        "policy.share_per_scan=true finetune=both finetune.num_rounds=1 data.pretrain_sites=[a,b] data.target_sites=[c]",
         name="whole",
     )
     metrics = json.loads((folder / "metrics.json").read_text())

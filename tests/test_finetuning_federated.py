@@ -14,7 +14,7 @@ from core.finetune_command import open_job, prepared, tune
 from server.sites import RunError
 
 Federate = Callable[..., Path]
-SHARED = "simulation.share_per_scan=true evaluation=per_scan finetune.local_steps=3 finetune.batch_size=8"
+SHARED = "policy.share_per_scan=true evaluation=per_scan finetune.local_steps=3 finetune.batch_size=8"
 
 
 @pytest.fixture

@@ -812,7 +812,7 @@ def test_a_site_refuses_constants_of_another_table(
     monkeypatch.setattr(InProcessGrid, "push_messages", tampered)
     nodes = {number: {"partition-id": number - 1, "num-partitions": 2} for number in (1, 2)}
     overrides = f"experiment=roi data.table={table} debias=none encoder.width=4 embedding_size=2 output={tmp_path} num_rounds=1 "
-    overrides += "simulation.diagonal_subjects=10"
+    overrides += "policy.diagonal_subjects=10"
     with pytest.raises(RunError) as error:
         run_in_process(server_app, client_app, f"{overrides} warmup_rounds=0", nodes)
     assert reason in str(error.value)

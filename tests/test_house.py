@@ -46,7 +46,11 @@ HOMES = {
 }
 PUBLIC_FLOWER = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
 # Flower gives a message no identity outside its own processes; the in-process federation has to.
-PRIVATE_FLOWER = {"simulations/in_process.py": {"flwr.supercore.task_identity"}}
+# The site's gate replaces parts of Flower's SuperNode, and refuses any other Flower than the one it was written for.
+PRIVATE_FLOWER = {
+    "simulations/in_process.py": {"flwr.supercore.task_identity"},
+    "client/supernode.py": {"flwr.supercore.run", "flwr.supernode", "flwr.supernode.cli.flower_supernode"},
+}
 RUN_CODE = {"pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve"}
 
 

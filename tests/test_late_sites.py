@@ -15,8 +15,7 @@ from simulations.in_process import InProcessGrid
 NodeConfig = dict[str, str | int | bool | float]
 RunGrowing = Callable[..., tuple[list[dict[str, dict[str, object]]], Path]]
 TINY = (
-    "experiment=tiny finetune=none data=folder data.root=null num_rounds=3 debias.erase=none simulation.share_per_scan=false "
-    "name=late"
+    "experiment=tiny finetune=none data=folder data.root=null num_rounds=3 debias.erase=none policy.share_per_scan=true name=late"
 )
 
 
@@ -148,7 +147,7 @@ def test_a_late_site_with_other_features_is_left_alone(tmp_path: Path) -> None:
     overrides = (
         "experiment=roi debias=fairkl_only num_rounds=3 local_steps=1 batch_size=8 warmup_rounds=0 encoder.width=8 "
         "embedding_size=4 debias.warmup_rounds=0 debias.exchange_every=1 strategy.min_sites=2 data.table=null "
-        f"name=late output={tmp_path / 'runs'}"
+        f"policy.diagonal_subjects=8 name=late output={tmp_path / 'runs'}"
     )
     grid = GrowingGrid(client_app, nodes, {"overrides": overrides})
     grid.late = {3: 1, 4: 1}
@@ -164,7 +163,7 @@ def test_a_site_under_the_floor_tells_nothing_and_still_learns(
 ) -> None:
     """Four healthy training subjects beside three larger sites: nothing of the small one enters what the others receive."""
     write_site(consortium / "small", seed=9, healthy=4, gain=3.0)
-    shared = "simulation.min_group=5 data.fractions=[1,0,0] debias.erase=none debias.kernel.bandwidths.age_years=40 num_rounds=1"
+    shared = "policy.min_group=5 data.fractions=[1,0,0] debias.erase=none debias.kernel.bandwidths.age_years=40 num_rounds=1"
     told: dict[str, dict[int, list[bytes]]] = {}
 
     def listen(run: str) -> Callable[[Message, str], Message | None]:

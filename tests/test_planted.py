@@ -138,7 +138,7 @@ def test_sites_too_small_to_tell_slopes_are_refused() -> None:
     consortium = draw_consortium(Plan(share=0.2), seed=0)
     few = np.arange(len(consortium.site_N)) < 150  # 15 training subjects a site
     about = consortium.embeddings(consortium.rows())
-    with pytest.raises(ValueError, match=r"must tell how features change with age, got none. Lower simulation.min_group"):
+    with pytest.raises(ValueError, match=r"must tell how features change with age, got none. Lower policy.min_group"):
         fitted_eraser(consortium.rows()[few], about.select(few), MomentPolicy(diagonal_subjects=1))
 
 
@@ -225,7 +225,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "TABLE_RUN": "experiment=roi debias=erasure num_rounds=1 warmup_rounds=0 local_steps=1 encoder.width=16",
         "IMAGE_RUN": (
             "data.target_sites=[] debias=erasure debias.erase_to=all num_rounds=1 warmup_rounds=0 local_steps=1 batch_size=8 "
-            "simulation.min_group=3 simulation.diagonal_subjects=3"
+            "policy.min_group=3 policy.diagonal_subjects=3"
         ),
     }.items():
         monkeypatch.setattr(planted, name, value)

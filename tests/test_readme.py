@@ -177,7 +177,7 @@ def test_separate_sites_give_what_the_simulation_gives(tmp_path: Path) -> None:
     (tmp_path / "phantom" / "cohort.json").unlink()
     execute(
         "isocenter run experiment=tiny data.root=phantom data.pretrain_sites=[south,hill] data.target_sites=[hill] "
-        "output=simulated name=hospitals simulation.min_group=10",
+        "output=simulated name=hospitals policy.min_group=10",
         tmp_path,
     )
     simulated = tmp_path / "simulated" / "hospitals"

@@ -92,7 +92,9 @@ def test_a_site_says_how_much_may_be_unusable(tmp_path: Path, write_site: Callab
         next((root / name).glob("**/*.nii.gz")).write_bytes(b"")
     config = load_config(f"data=folder data.root=/of/the/run {GRID} data.max_unusable=1")
 
-    with pytest.raises(UnusableScansError, match=r"at most 5% .* got 2 of 12, unreadable 2.*max-unusable in its node config"):
+    with pytest.raises(
+        UnusableScansError, match=r"at most 5% .* got 2 of 12, unreadable 2.*max_unusable of the site's own policy"
+    ):
         holdings(this_site(node_config(root), config), config)
     held = holdings(this_site(node_config(root, **{"max-unusable": 0.2}), config), config)
     assert held.num_scans == 10

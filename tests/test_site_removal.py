@@ -23,8 +23,8 @@ TINY = [
     "warmup_rounds=0",
     "encoder.width=8",
     "embedding_size=4",
-    "simulation.min_group=4",
-    "simulation.diagonal_subjects=10",
+    "policy.min_group=4",
+    "policy.diagonal_subjects=10",
     "data.unseen_sites=[d]",
     "data.fractions=[0.6,0,0.4]",
 ]

@@ -438,8 +438,8 @@ def write_consortium(path: Path, *, sizes: Sequence[int] = (30, 26, 40, 3), miss
 
 TINY = (
     "experiment=roi debias=fairkl num_rounds=2 local_steps=2 batch_size=8 warmup_rounds=0 encoder.width=8 embedding_size=4 "
-    "debias.warmup_rounds=0 debias.exchange_every=1 debias.bin_years=10 simulation.min_group=4 simulation.diagonal_subjects=10 "
-    "simulation.share_per_scan=false"
+    "debias.warmup_rounds=0 debias.exchange_every=1 debias.bin_years=10 policy.min_group=4 policy.diagonal_subjects=10 "
+    "policy.share_per_scan=false"
 )
 NodeConfigs = dict[int, dict[str, str | int | bool | float]]
 
@@ -491,7 +491,7 @@ def test_how_many_directions_of_h_are_erased(
 @pytest.mark.usefixtures("quick_probes", "few_resamples")
 def test_a_federated_run_on_a_table(tmp_path: Path, federate_table: Callable[..., Path]) -> None:
     table = write_consortium(tmp_path / "t.csv")
-    folder = federate_table(table, "simulation.share_per_scan=true data.unseen_sites=[b] data.fractions=[0.6,0,0.4]", name="roi")
+    folder = federate_table(table, "policy.share_per_scan=true data.unseen_sites=[b] data.fractions=[0.6,0,0.4]", name="roi")
     rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert set(rounds[0]["sites"]) == {"a", "c"}
     assert set(rounds[0]["sites"]["a"]) == {"loss", "objective", "fairkl"}
@@ -550,7 +550,7 @@ def test_separate_sites_with_a_table_each(tmp_path: Path, federate_table: Callab
     policy = {"min-group": 4, "diagonal-subjects": 8}
     nodes = {5: {"site": "a", "data-root": str(table), **policy}, 6: {"site": "b", "data-root": str(own), **policy}}
     separate = last(federate_table(table, "data.table=null", name="separate", nodes=nodes))
-    same_policy = "simulation.diagonal_subjects=8 simulation.round_counts_to=5"
+    same_policy = "policy.diagonal_subjects=8 policy.round_counts_to=5"
     together = last(federate_table(table, same_policy, name="together"))
     assert all(torch.equal(value, separate[name]) for name, value in together.items())
 
@@ -562,7 +562,7 @@ def test_sites_with_other_features_are_told_apart(tmp_path: Path, federate_table
     nodes = {5: {"site": "a", "data-root": str(table)}, 6: {"site": "b", "data-root": str(other)}}
     with pytest.raises(RunError, match=r"got 2 different sets: 6 at a; 6 at b. Name the common ones with data.columns.features"):
         federate_table(table, name="other", nodes=nodes)
-    common = "data.columns.features=[f0,f1] simulation.diagonal_subjects=1"
+    common = "data.columns.features=[f0,f1] policy.diagonal_subjects=1"
     for node in nodes.values():
         node["diagonal-subjects"] = 5
     assert len(last(federate_table(table, common, name="common", nodes=nodes))["encoder.standardise.mean"]) == 2
@@ -587,9 +587,9 @@ def test_nothing_but_columns_and_counts_leaves_a_site_with_a_broken_table(
 def test_a_policy_that_nobody_meets_is_explained(tmp_path: Path, federate_table: Callable[..., Path]) -> None:
     table = write_consortium(tmp_path / "t.csv")
     with pytest.raises(
-        RunError, match=r"standardisation: at least one site must tell .*none for 6 of 6.*simulation.diagonal_subjects"
+        RunError, match=r"standardisation: at least one site must tell .*none for 6 of 6.*policy.diagonal_subjects"
     ):
-        federate_table(table, "simulation.diagonal_subjects=60", name="closed")
+        federate_table(table, "policy.diagonal_subjects=60", name="closed")
 
 
 def test_node_configs_of_the_other_kind_are_refused(tmp_path: Path) -> None:

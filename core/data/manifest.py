@@ -131,7 +131,7 @@ def check_problem_share(manifest: Manifest, max_share: float = MAX_UNUSABLE) -> 
     raise UnusableScansError(
         f"site {manifest.site!r}: unusable scans must be at most {max_share:.0%} of those listed and leave at least "
         f"one, got {num_unusable} of {num_listed}{by_kind}. See the site's local log for their names, then mend or "
-        "unlist them, or allow more with max-unusable in its node config (data.max_unusable in simulation)."
+        "unlist them, or allow more with data.max_unusable of the run and max_unusable of the site's own policy."
     )
 
 

@@ -371,7 +371,7 @@ def _stop(manifest: Manifest, max_unusable: float) -> str:
         return (
             f"{num_unusable} of {num_listed} scans listed cannot be used ({by_kind}), more than "
             f"data.max_unusable={max_unusable:g} allows. Mend or unlist them; where they are missing for good reason, allow it "
-            f"with data.max_unusable={enough:g} or more, up to 1 (a real site: max-unusable in its node config)."
+            f"with data.max_unusable={enough:g} or more, up to 1 (a real site: max_unusable of its own policy too)."
         )
     return ""
 
