@@ -169,3 +169,80 @@ def policy(kit: Kit) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(table)
     console.print("A run may ask for more caution, never for less: the stricter of both holds in every field.", highlight=False)
+
+
+@site.command()
+def init(kit: Kit) -> None:
+    """Make this site's private key, which never leaves it, and a request for the coordinator to let it in."""
+    from client.service import open_kit
+    from core.keys import fingerprint, new_request, new_site_key, read_site_key
+
+    try:
+        opened = open_kit(kit)
+        path = kit / "site.key"
+        made = not path.exists()
+        key = new_site_key(path) if made else read_site_key(path)
+        request = kit / f"{opened.about.site}.csr"
+        request.write_bytes(new_request(key, opened.about.site))
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    typer.echo(f"{opened.about.site}: {'new key' if made else 'the key that was there'}, {fingerprint(key.public_key())}")
+    typer.echo(f"send {request} to the coordinator, and read the fingerprint to them on the phone")
+
+
+@site.command()
+def start(
+    kit: Kit,
+    background: Annotated[bool, typer.Option("--background", help="Come back at once; log in state/logs/site.log.")] = False,
+) -> None:
+    """Keep this site connected until it is stopped: it takes part in runs whose app was approved here.
+
+    Opens no port to the outside. What ends is started again. Run it under systemd with the unit in the kit.
+    """
+    from client.service import open_kit, serve, start_in_background
+
+    try:
+        opened = open_kit(kit)
+        if background:
+            typer.echo(start_in_background(opened))
+        else:
+            serve(opened, say=typer.echo)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+@site.command()
+def stop(kit: Kit) -> None:
+    """Stop this site; a task that is going on is given up."""
+    from client.service import open_kit
+
+    try:
+        typer.echo("stopped" if open_kit(kit).service.stop() else "did not run")
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+@site.command()
+def status(kit: Kit) -> None:
+    """Say whether this site is connected, what it works at, and what left it. Exit code 0: it runs; 3: it does not."""
+    from datetime import UTC, datetime
+
+    from client.service import open_kit
+    from client.service import status as status_of
+
+    try:
+        opened = open_kit(kit)
+        lines = status_of(opened, datetime.now(UTC))
+        log = audit_log(kit).examine()
+        waiting = approvals(kit).pending()
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    left = sum(int(entry["bytes"] or 0) for entry in log.entries)
+    whole = f"CHANGED: {log.problem}" if log.problem else "whole"
+    lines.append(("left", f"{left / 1e6:.1f} MB in {len(log.entries)} answers; audit log {whole}"))
+    if waiting:
+        lines.append(("approval", f"{len(waiting)} app waits: `isocenter site approve {kit}`"))
+    for word, words in lines:
+        typer.echo(f"{word:<11}{words}")
+    if not opened.service.is_running():
+        raise typer.Exit(3)

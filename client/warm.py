@@ -27,6 +27,7 @@ from core.faults import SiteError
 
 ROOT = Path(__file__).parents[1]
 SOCKET, LOCK, STOPPED, LOG = "socket", "lock", "stopped", "worker.log"
+STATUS = "status.json"  # in the state folder
 START_S = 120.0
 BEAT_S = 2.0
 SILENCE_S = 60.0  # without a beat, a worker is taken for frozen

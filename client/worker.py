@@ -22,13 +22,12 @@ from flwr.app import ConfigRecord, RecordDict
 
 from client.jobs import Job, decode_head, decoded, encode, receive, send
 from client.state import private_folder
-from client.warm import BEAT_S, ROOT, is_stopped, mark_stopped, socket_path
+from client.warm import BEAT_S, ROOT, STATUS, is_stopped, mark_stopped, socket_path
 from core import progress
-from core.checkpoint import write_atomically
 from core.faults import SiteError
+from core.files import write_atomically
 
 IDLE_S = 3600.0  # without a task for so long, it ends and gives its memory back
-STATUS = "status.json"
 
 
 @dataclass

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -111,6 +112,13 @@ def healthy(port: int, ca_certificate: Path | None) -> bool:
             return connection.getresponse().status == http.client.OK
         except (OSError, http.client.HTTPException):
             return False
+
+
+def free_port() -> int:
+    """A port that nothing listens on at 127.0.0.1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def processes(folder: Path) -> list[int]:

@@ -31,7 +31,7 @@ from core.stages import STAGES, StageName
 from core.starts import Start, StartError, load_start, read_start
 from server.average import check_enough
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
-from server.grid import PatientGrid
+from server.grid import NOTICE_S, PatientGrid
 from server.guard import read_about
 from server.sites import Answer, Node, RunError, Sites, reasons
 from server.strategy import MIN_CONTRAST_SUBJECTS, NOTHING_ERASED, SiteRounds, eraser_from, read_scanners, read_sums
@@ -184,11 +184,12 @@ def wait_for_sites(sites: Sites, config: RunConfig) -> list[Node]:
     wanted = {*(config.data.pretrain_sites or ()), *config.data.unseen_sites, *(config.data.target_sites or ())}
     needed = max(len(wanted), config.strategy.min_sites or 1)
     deadline = time.monotonic() + config.strategy.wait_for_sites_s
-    connected = 0
+    connected, told = -1, 0.0
     while len(node_ids := sorted(sites.grid.get_node_ids())) < needed:
-        if len(node_ids) != connected or not connected:
-            connected = len(node_ids)
-            log.info("waiting for sites: %d of %d connected", connected, needed)
+        if len(node_ids) != connected or time.monotonic() - told > NOTICE_S:
+            connected, told = len(node_ids), time.monotonic()
+            names = f" ({', '.join(sorted(wanted))} are named)" if wanted else ""
+            log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, names, deadline - told)
         if time.monotonic() > deadline:
             raise RunError(
                 f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did. "

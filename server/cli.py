@@ -93,10 +93,9 @@ def start(
 def stop(kit: Kit) -> None:
     """Stop the server; sites come back by themselves when it is started again."""
     from server.superlink import open_kit
-    from server.superlink import stop as stop_server
 
     try:
-        typer.echo("stopped" if stop_server(open_kit(kit)) else "did not run")
+        typer.echo("stopped" if open_kit(kit).service.stop() else "did not run")
     except (ValueError, OSError) as error:
         fail(str(error))
 

@@ -11,16 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from core.files import write_atomically
@@ -36,6 +34,7 @@ from core.flower_env import (
     write_connection,
 )
 from core.keys import fingerprint, public_line, read_public_line
+from core.service import Service, stopped_by_signals
 from server.consortium import Address
 
 READY_S = 120.0
@@ -45,7 +44,6 @@ _GRACE_S = 10.0
 _RETRY_S = 30.0  # between two tries to register or unregister what failed
 _LONGEST_PAUSE_S = 60.0  # between two starts of a program that keeps dying
 _READY = "sites may come to"
-_RUNS_ALREADY = "server: one process must run from a kit, got one that runs already. Stop it first."
 Say = Callable[[str], None]
 
 
@@ -82,6 +80,11 @@ class Kit:
     def state(self) -> Path:
         """Database, Flower's home, logs."""
         return self.folder / "state"
+
+    @property
+    def service(self) -> Service:
+        """The process that runs from it."""
+        return Service("server", self.state)
 
     def environment(self) -> dict[str, str]:
         """What Flower's programs are started in."""
@@ -169,7 +172,7 @@ def serve(kit: Kit, *, proxy: bool, say: Say) -> None:
     Raises:
         ValueError: It runs already, nginx is not there, or the SuperLink does not come up.
     """
-    with _running(kit), _stopped_by_signals() as stopping:
+    with kit.service.running(), stopped_by_signals() as stopping:
         _end_strays(kit)
         _prepare(kit)
         programs = _programs(kit, proxy=proxy)
@@ -196,8 +199,8 @@ def start_in_background(kit: Kit, options: list[str]) -> None:
     Raises:
         ValueError: One runs already, or it ended instead of answering, with what it wrote last.
     """
-    if is_running(kit):
-        raise ValueError(_RUNS_ALREADY)
+    if kit.service.is_running():
+        raise ValueError(kit.service.runs_already)
     kit.state.mkdir(mode=0o700, exist_ok=True)
     log_path = kit.state / "server.log"
     with log_path.open("ab") as log:
@@ -212,45 +215,13 @@ def start_in_background(kit: Kit, options: list[str]) -> None:
         time.sleep(0.1)
 
 
-def stop(kit: Kit, wait_s: float = 60.0) -> bool:
-    """Ask the server of a kit to stop, and wait until it has; False where none runs.
-
-    Raises:
-        ValueError: It does not stop.
-    """
-    lock = _lock(kit)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        os.kill(int((kit.state / "server.pid").read_text()), signal.SIGTERM)
-        try:
-            lock.acquire(timeout=wait_s)
-        except Timeout:
-            raise ValueError(f"server: it must stop within {wait_s:.0f} s, got one that still runs. Kill it.") from None
-        lock.release()
-        return True
-    lock.release()
-    return False
-
-
-def is_running(kit: Kit) -> bool:
-    """Whether a server of this kit runs on this machine."""
-    if not kit.state.is_dir():
-        return False
-    try:
-        with _lock(kit).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
 def status(kit: Kit) -> list[SiteState]:
     """How each site stands, those that may take part first.
 
     Raises:
         ValueError: The server does not run, or does not answer.
     """
-    if not is_running(kit):
+    if not kit.service.is_running():
         raise ValueError("server: it must run, got none on this machine. Start it with `isocenter server start`.")
     flower, nodes, sites = _flower_nodes(kit), kit.nodes(), kit.sites()
     states = []
@@ -518,34 +489,3 @@ def _end_strays(kit: Kit) -> None:
 def _prepare(kit: Kit) -> None:
     for name in ("flower", "cwd", "nginx"):
         (kit.state / name).mkdir(parents=True, exist_ok=True)
-
-
-def _lock(kit: Kit) -> FileLock:
-    kit.state.mkdir(mode=0o700, exist_ok=True)
-    return FileLock(kit.state / "server.lock", mode=0o600)
-
-
-@contextmanager
-def _running(kit: Kit) -> Iterator[None]:
-    """Mark the kit as one whose server runs, for `stop` and `status`."""
-    try:
-        with _lock(kit).acquire(timeout=0):
-            write_atomically(kit.state / "server.pid", str(os.getpid()).encode(), 0o600)
-            yield
-    except Timeout:
-        raise ValueError(_RUNS_ALREADY) from None
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[threading.Event]:
-    stopping = threading.Event()
-
-    def told(_number: int, _frame: FrameType | None) -> None:
-        stopping.set()
-
-    before = {number: signal.signal(number, told) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stopping
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)

@@ -22,14 +22,53 @@ def register(app: typer.Typer) -> None:
 def run(
     overrides: Overrides = None,
     deadline_minutes: Annotated[float, typer.Option(help="Stop the run after this long, whatever it waits for.")] = 720,
+    at: Annotated[
+        Path | None, typer.Option(help="A server's kit: run at the sites that are connected to it.", show_default="simulate")
+    ] = None,
 ) -> None:
-    """Simulate a federation on this machine: pretrain, fine-tune, evaluate, report.
+    """Pretrain, fine-tune, evaluate, report: with virtual sites on this machine, or at the sites of a consortium.
 
     Without `data.root` the embedded phantom consortium is used: six hospitals, written to data/phantom on first use.
     Results go to runs/<name>. The exit code is 0 only when the run finished and its report was written.
     """
-    folder = simulate_run(overrides or [], deadline_minutes)
+    folder = simulate_run(overrides or [], deadline_minutes) if at is None else run_at(at, overrides or [], deadline_minutes)
     typer.echo(f"open {folder / 'report.html'}")
+
+
+def run_at(server: Path, overrides: list[str], deadline_minutes: float) -> Path:
+    """Run at the sites of a consortium with progress on the screen, from its server's kit; exit 1 with the reason on failure."""
+    from core.config import quoted
+    from server.superlink import open_kit
+    from simulations.launch import open_log, submit
+    from simulations.workplace import Workplace
+
+    config = checked(overrides)
+    try:
+        kit = open_kit(server)
+        if not kit.service.is_running():
+            fail(f"run: the server must run, got none. Start it with `isocenter server start {server}`.")
+    except ValueError as error:
+        fail(str(error))
+    output = (config.output or kit.state / "runs").resolve()
+    name = free_name(output, config.name)
+    folder = output / name
+    folder.mkdir(parents=True)
+    log_path = folder / "flower.log"
+    placed = [f"output={quoted(str(output))}", f"name={name}"]
+    typer.echo(f"run {name} at the sites of {kit.about.consortium}; everything Flower says goes to {log_path}")
+    with open_log(log_path) as log:
+        outcome = submit(
+            Workplace(kit.state, kit.environment()),
+            APP,
+            overrides=shlex.join([*overrides, *placed]),
+            log=log,
+            deadline_s=deadline_minutes * 60,
+            on_line=typer.echo,
+        )
+    if not outcome.ok or not (folder / "report.html").is_file():
+        fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}")
+    typer.echo(f"finished in {outcome.seconds:.0f} s")
+    return folder
 
 
 def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 
 from core.flower_env import environment, processes, program
 from core.keys import fingerprint, new_site_key
+from core.service import Service
 from server import superlink
 from server.cli import register
 from server.consortium import Consortium
 from server.provision import provision
-from server.superlink import Kit, open_kit, read_sites, status, stop, synchronise
+from server.superlink import Kit, open_kit, read_sites, status, synchronise
 
 COMMAND = [sys.executable, "-P", "-c", "from server.cli import server; server()"]
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -179,7 +180,7 @@ def command() -> typer.Typer:
 
 
 def test_status_is_in_words(hills: Path, kit: Kit, flower: FakeFlower, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(superlink, "is_running", lambda _: True)
+    monkeypatch.setattr(Service, "is_running", lambda _: True)
     synchronise(kit, kit.sites(), print)
     online = {"status": "online", "online-at": "2026-03-01 09:30:00Z", "online-elapsed": 7300.0}
     flower.nodes["1000"] |= online
@@ -203,7 +204,7 @@ def test_status_is_in_words(hills: Path, kit: Kit, flower: FakeFlower, monkeypat
 def test_a_server_that_does_not_run_is_said_to(kit: Kit):
     with pytest.raises(ValueError, match=r"^server: it must run, got none on this machine\."):
         status(kit)
-    assert not stop(kit)
+    assert not kit.service.stop()
 
 
 def test_without_nginx_nothing_is_opened(kit: Kit, monkeypatch: pytest.MonkeyPatch):
@@ -238,7 +239,7 @@ def trial(tmp_path: Path) -> Iterator[tuple[Path, Kit]]:
     try:
         yield tmp_path / "hills", kit
     finally:
-        stop(kit)
+        kit.service.stop()
         superlink._end_strays(kit)
         superlink.end_processes(tmp_path / "sites", 5.0)
 
@@ -274,7 +275,7 @@ def test_sites_come_in_through_the_proxy_and_revoked_ones_go(trial: tuple[Path, 
     started = subprocess.run([*COMMAND, "start", "--background", str(kit.folder)], capture_output=True, text=True, check=False)
     assert started.returncode == 0, started.stderr
     again = subprocess.run([*COMMAND, "start", str(kit.folder)], capture_output=True, text=True, check=False)
-    assert (again.returncode, again.stderr) == (1, f"{superlink._RUNS_ALREADY}\n")
+    assert (again.returncode, again.stderr) == (1, f"{kit.service.runs_already}\n")
     assert words(kit) == {"south": "never seen", "north": "never seen"}, "who may come is known before the door opens"
 
     # The proxy: what sites need and nothing else, however it is spelt.
@@ -317,7 +318,7 @@ def test_sites_come_in_through_the_proxy_and_revoked_ones_go(trial: tuple[Path, 
 
     # Killed itself, the server's next start ends what is left and goes on.
     os.kill(int((kit.state / "server.pid").read_text()), signal.SIGKILL)
-    wait_for(lambda: not superlink.is_running(kit), "the server to be gone")
+    wait_for(lambda: not kit.service.is_running(), "the server to be gone")
     restarted = subprocess.run([*COMMAND, "start", "--background", str(kit.folder)], capture_output=True, text=True, check=False)
     assert restarted.returncode == 0, restarted.stderr
     assert words(kit) == {"north": "never seen", "dale": "never seen", "south": "revoked"}
