@@ -198,12 +198,20 @@ def wait_for_sites(sites: Sites, config: RunConfig) -> list[Node]:
         time.sleep(1)
     log.info("%d sites connected; they read and check their scans", len(node_ids))
     task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
-    unnamed = {node: f"node {node}" for node in node_ids}
-    answers, failures = sites.gather(unnamed, "query.describe", task, read_about)
-    if failures:
+    registered = sites.grid.registered()
+    named = {node: registered.get(node) or f"node {node}" for node in node_ids}
+    answers, failures = sites.gather(named, "query.describe", task, read_about)
+    if failures and (config.strategy.min_sites is None or len(answers) < needed):
         raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
-    nodes = [Node(node, str(about["site"]), about) for node in node_ids for about in [answers[unnamed[node]]]]
+    for left_out, (_, text) in failures.items():
+        log.warning("the run begins without %s: %s", left_out, text)
+    nodes = [Node(node, str(about["site"]), about) for node in node_ids if (about := answers.get(named[node])) is not None]
     names = [node.site for node in nodes]
+    for node in nodes:
+        if registered.get(node.node_id) not in ("", None, node.site):
+            raise RunError(
+                f"sites: a site must be called what its key was registered for, {registered[node.node_id]}, got {node.site}."
+            )
     if len(set(names)) < len(names):
         raise RunError(f"sites: every node must have a name of its own, got {sorted(names)}. Mend --node-config.")
     if missing := wanted - set(names):

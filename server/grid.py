@@ -243,6 +243,10 @@ class PatientGrid:
                 self.on_move()
             self.sleep(LONGEST_PAUSE_S)
 
+    def registered(self) -> dict[int, str]:
+        """Names that the keys of the connected nodes were registered for; "" where they were not, as in a simulation."""
+        return {node.node_id: node.name for node in self.grid.get_nodes()}
+
     def get_node_ids(self) -> Iterable[int]:
         """Numbers of the connected nodes."""
         return self.grid.get_node_ids()

@@ -186,7 +186,8 @@ class SiteRounds(FedAvg):
     def admit_late(self, round_number: int) -> None:
         """Take in the sites that have connected since the run began, from this round on; who may not is named once."""
         known = {node.node_id for node in self.met} | self.refused
-        new = {node: f"node {node}" for node in sorted(self.sites.grid.get_node_ids()) if node not in known}
+        connected = self.sites.grid.registered()
+        new = {node: connected[node] or f"node {node}" for node in sorted(connected) if node not in known}
         if not new:
             return
         task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
@@ -194,7 +195,7 @@ class SiteRounds(FedAvg):
         self.arrivals = {name: f"not taken in: {text}" for name, (_, text) in failures.items()}
         arrived = [Node(node, str(told[name]["site"]), told[name]) for node, name in new.items() if name in told]
         for node in sorted(arrived, key=lambda node: node.site):
-            reason = why_not_late(node, self.met, self.config)
+            reason = why_not_late(node, connected[node.node_id], self.met, self.config)
             if reason is None:
                 try:
                     self.sites.tell_constants({node.node_id: node.site})
@@ -203,7 +204,7 @@ class SiteRounds(FedAvg):
             if reason is None:
                 self.met.append(node)
                 self.nodes = dict(sorted({**self.nodes, node.node_id: node.site}.items(), key=lambda item: item[1]))
-            self.arrivals[node.site if reason is None else f"node {node.node_id}"] = (
+            self.arrivals[node.site if reason is None else new[node.node_id]] = (
                 "takes part from now on" if reason is None else f"not taken in: {reason}"
             )
         self.refused |= set(new) - {node.node_id for node in self.met}
@@ -590,8 +591,10 @@ class SiteRounds(FedAvg):
         return []
 
 
-def why_not_late(node: Node, met: Sequence[Node], config: RunConfig) -> str | None:
+def why_not_late(node: Node, registered: str, met: Sequence[Node], config: RunConfig) -> str | None:
     """Why a site that connected after the start cannot take part in pretraining; None where it can."""
+    if registered not in ("", node.site):
+        return "a site must call itself what its key was registered for, it has another name. Mend its site.yaml."
     if any(node.site == other.site for other in met):
         return "a node must have a name of its own, another has this one. Mend its node config."
     if config.data.pretrain_sites is not None:
