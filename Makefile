@@ -1,4 +1,4 @@
-# `make run`, `make test` and `make check` each set up everything they need, once, in .venv.
+# `make run`, `make test`, `make check` and `make deploy-demo` each set up everything they need, once, in .venv.
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
@@ -6,13 +6,16 @@ INSTALLED := .venv/installed
 # One worker more than cores: the slow tests mostly wait for servers.
 WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 
-.PHONY: run test check install clean
+.PHONY: run test check deploy-demo install clean
 
 run: $(INSTALLED)
 	@$(BIN)/isocenter run $(ARGS)
 
 test: $(INSTALLED)
 	@$(BIN)/pytest --numprocesses $(WORKERS) --dist load --maxschedchunk 1 $(ARGS)
+
+deploy-demo: $(INSTALLED)
+	@$(BIN)/python -m simulations.deploy_demo $(ARGS)
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check

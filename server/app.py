@@ -188,8 +188,8 @@ def wait_for_sites(sites: Sites, config: RunConfig) -> list[Node]:
     while len(node_ids := sorted(sites.grid.get_node_ids())) < needed:
         if len(node_ids) != connected or time.monotonic() - told > NOTICE_S:
             connected, told = len(node_ids), time.monotonic()
-            names = f" ({', '.join(sorted(wanted))} are named)" if wanted else ""
-            log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, names, deadline - told)
+            called = f" ({', '.join(sorted(wanted))} are named)" if wanted else ""
+            log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, called, deadline - told)
         if time.monotonic() > deadline:
             raise RunError(
                 f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did. "
@@ -205,7 +205,7 @@ def wait_for_sites(sites: Sites, config: RunConfig) -> list[Node]:
         raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
     for left_out, (_, text) in failures.items():
         log.warning("the run begins without %s: %s", left_out, text)
-    nodes = [Node(node, str(about["site"]), about) for node in node_ids if (about := answers.get(named[node])) is not None]
+    nodes = [Node(node, str(answers[name]["site"]), answers[name]) for node, name in named.items() if name in answers]
     names = [node.site for node in nodes]
     for node in nodes:
         if registered.get(node.node_id) not in ("", None, node.site):
