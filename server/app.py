@@ -30,6 +30,7 @@ from core.scaling import standardisation_from, standardising
 from core.stages import STAGES, StageName
 from core.starts import Start, StartError, load_start, read_start
 from server.average import check_enough
+from server.board import Board
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
 from server.grid import NOTICE_S, PatientGrid
 from server.guard import read_about
@@ -73,6 +74,7 @@ def carry_out(grid: Grid, context: Context) -> None:
     folder = new_run_folder(config)
     sites = Sites(PatientGrid(grid), config.strategy.round_timeout_s, config.strategy.max_message_mb)
     nodes = wait_for_sites(sites, config)
+    board = begin_board(folder, sites, nodes, config)
     results = Results()
     pretraining, targets = choose_sites(nodes, config, results), choose_targets(nodes, config)
     tell_targets(targets, config, results)
@@ -145,6 +147,7 @@ def carry_out(grid: Grid, context: Context) -> None:
             results.add(score_counted(sites, targets, finetuned, stage, config))
 
     finish(folder, config, sites, nodes, pretraining, targets, maps, predictions, results)
+    board.write("finished")
 
 
 class MarkedLines(logging.Formatter):
@@ -418,6 +421,17 @@ def erase(strategy: SiteRounds, pretrained: State, folder: Path, config: RunConf
     about = Checkpoint(dict(vars(eraser)), "eraser", config.num_rounds, describe(config))
     save_checkpoint(folder / "checkpoints", about, keep=1)
     return eraser
+
+
+def begin_board(folder: Path, sites: Sites, nodes: Sequence[Node], config: RunConfig) -> Board:
+    """Keep in the run's folder how each site stands, from now on."""
+    rounds = {"pretrain": config.num_rounds} | dict.fromkeys(config.finetune.stages, config.finetune.num_rounds)
+    steps = {"pretrain": config.local_steps} | dict.fromkeys(config.finetune.stages, config.finetune.local_steps)
+    board = Board(folder, sites.grid, rounds, steps)
+    sites.grid.names.update({node.node_id: node.site for node in nodes})
+    board.about = {node.site: {"device": node.about["device"]} for node in nodes}
+    board.write("running")
+    return board
 
 
 def finish(

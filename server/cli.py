@@ -12,6 +12,8 @@ Kit = Annotated[Path, typer.Argument(help="Folder of the server's kit.", show_de
 def register(app: typer.Typer) -> None:
     """Add the commands to the console script."""
     app.command()(provision)
+    app.command()(status)
+    app.command()(watch)
     app.add_typer(server, name="server")
 
 
@@ -53,6 +55,71 @@ def provision(
         fail(str(error))
     for line in lines:
         typer.echo(line)
+
+
+Run = Annotated[Path | None, typer.Argument(help="The run's folder, or its name at the server.", show_default="the newest")]
+At = Annotated[Path | None, typer.Option(help="The server's kit; without it, RUN is a folder.", show_default=False)]
+
+
+def run_folder(run: Path | None, at: Path | None) -> Path:
+    """The folder that is meant; exit 1 with the reason where there is none."""
+    from server.board import newest_run
+    from server.superlink import open_kit
+
+    try:
+        runs = (open_kit(at).state if at is not None else Path()) / "runs"
+        if run is not None:
+            return run if (run / "run.json").exists() or at is None else runs / run
+        return newest_run(list(runs.iterdir()) if runs.is_dir() else [])
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def lines_of(folder: Path) -> tuple[str, list[str]]:
+    """The state of a run and what a person reads of it; exit 1 with the reason where it has told nothing."""
+    import json
+    from datetime import UTC, datetime
+
+    from server.board import STATUS, describe
+
+    try:
+        about = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        fail(f"status: {folder} must be the folder of a run that has begun, it holds no {STATUS}. Look at its flower.log.")
+    return about["state"], [
+        f"{folder.name}: {line}" if not i else line for i, line in enumerate(describe(about, datetime.now(UTC)))
+    ]
+
+
+def status(run: Run = None, at: At = None) -> None:
+    """Say how a run and each of its sites stand: connected, training which round and step, behind, excluded.
+
+    Steps are told by the pace of the site's last round. Exit code 0: it runs or has finished; 1: it was stopped.
+    """
+    state, lines = lines_of(run_folder(run, at))
+    for line in lines:
+        typer.echo(line)
+    if state == "stopped":
+        raise typer.Exit(1)
+
+
+def watch(run: Run = None, at: At = None) -> None:
+    """Show how a run and each of its sites stand until it ends. Ctrl-C ends the watching, not the run."""
+    import time
+
+    from rich.live import Live
+    from rich.text import Text
+
+    folder = run_folder(run, at)
+    with Live(auto_refresh=False) as live:
+        while True:
+            state, lines = lines_of(folder)
+            live.update(Text("\n".join(lines)), refresh=True)
+            if state != "running":
+                break
+            time.sleep(1)
+    if state == "stopped":
+        raise typer.Exit(1)
 
 
 @server.command()
@@ -100,8 +167,8 @@ def stop(kit: Kit) -> None:
         fail(str(error))
 
 
-@server.command()
-def status(kit: Kit) -> None:
+@server.command("status")
+def sites_status(kit: Kit) -> None:
     """Say of each site whether it is connected. Exit code 0: all are; 3: some are not; 1: the server does not run."""
     from server.superlink import open_kit
     from server.superlink import status as status_of

@@ -91,6 +91,8 @@ class PatientGrid:
         debts: by node, what it owes.
         late: by node, answers that came after their time: the debt and the message.
         sent: messages of the last question, less those to nodes that were not asked.
+        connected: nodes that were when that was last looked at.
+        training: whether the last question was a task of training.
         unanswered: of the last question, by node, why there is no answer: kind and sentence.
         quorum_s: seconds until ``rule.enough`` had answered the last question; None where they have not.
     """
@@ -113,6 +115,8 @@ class PatientGrid:
         self.answered: dict[int, float] = {}
         self.quorum_s: float | None = None
         self.sent: list[Message] = []
+        self.connected: set[int] = set()
+        self.training = False
         self._node_of: dict[str, int] = {}
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -123,7 +127,8 @@ class PatientGrid:
         if self.rule.enough is None:
             self._wait_for_debts({message.metadata.dst_node_id for message in messages}, began, timeout)
         self.collect_late()
-        connected = set(self.grid.get_node_ids())
+        connected = self.connected = set(self.grid.get_node_ids())
+        self.training = any(message.metadata.message_type.startswith("train.") for message in messages)
         sent = self.sent = []
         for message in messages:
             node = message.metadata.dst_node_id
@@ -181,6 +186,7 @@ class PatientGrid:
                 break
             if now - looked >= LOOK_S:
                 looked = now
+                self.connected = set(self.grid.get_node_ids())
                 self.on_move()
             if now - noticed >= NOTICE_S:
                 noticed = now
