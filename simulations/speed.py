@@ -653,10 +653,6 @@ def steps(
 def deployment(
     turns: Annotated[int, typer.Option(min=1, help="Runs of each system.")] = 3,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of a run; the first is left out.")] = 4,
-    node_config: Annotated[
-        list[str] | None,
-        typer.Option(help="KEY=VALUE for the node config of our sites; repeat for several.", show_default="none"),
-    ] = None,
     override: Annotated[
         list[str] | None, typer.Option(help="A further override of our run; repeatable.", show_default="none")
     ] = None,
@@ -684,17 +680,12 @@ def deployment(
     from simulations.cohort import ensure_cohort
 
     try:
-        extras = speed_deployment.read_node_config(node_config or ())
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--node-config") from None
-    try:
         python = speed_deployment.peer_python(peers or default_cache_root() / "peers", lambda text: typer.echo(text, err=True))
         with TemporaryDirectory(prefix="iso-speed-") as temporary, Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("starting", total=None)
             run = speed_deployment.OurRun(
                 cohort=Path(temporary) / "cohort",
                 num_rounds=rounds,
-                node_config=extras,
                 overrides=override or (),
                 tell=lambda text: bar.update(task, description=text),
             )

@@ -36,14 +36,13 @@ from core.config import load_config
 from core.exchange import content, fingerprint, pack
 from core.flower_env import processes
 from core.models import build_pretrainer
-from simulations.loopback import NodeValue, loopback_federation
+from simulations.consortium import local_consortium
 from simulations.relay import Relay
 from simulations.workplace import StartError, free_ports, workplace
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-APP = Path(__file__).parents[1]
 PEER_SCRIPT = Path(__file__).with_name("peers") / "nvflare_round.py"
 NVFLARE = "2.9.0"
 SITES = ("north", "south")  # of the phantom consortium
@@ -119,23 +118,26 @@ class Turn:
 
 
 class Watch(threading.Thread):
-    """Looks every two seconds at the memory and processor time of the processes that were started from a workplace."""
+    """Looks every two seconds at the memory and processor time of the processes that bear some folders' marks."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, *folders: Path) -> None:
         super().__init__(daemon=True)
-        self.folder = folder
+        self.folders = folders
         self.ended = threading.Event()
         self.peak_mb = 0.0
         self.others_cpus = 0.0
 
     def run(self) -> None:
         """Look until the `with` block ends."""
-        began, others_before = time.monotonic(), busy_s() - self._used_s(processes(self.folder))
+        began, others_before = time.monotonic(), busy_s() - self._used_s(self._pids())
         while not self.ended.wait(WATCHED_EVERY_S):
-            pids = processes(self.folder)
+            pids = self._pids()
             self.peak_mb = max(self.peak_mb, sum(map(memory_mb, pids)))
             others_s = busy_s() - self._used_s(pids) - others_before
             self.others_cpus = max(0.0, others_s / (time.monotonic() - began))
+
+    def _pids(self) -> list[int]:
+        return [pid for folder in self.folders for pid in processes(folder)]
 
     def _used_s(self, pids: Sequence[int]) -> float:
         return sum(map(used_s, pids)) + sum(os.times()[:2])
@@ -255,34 +257,32 @@ class OurRun:
     Attributes:
         cohort: folder of a phantom consortium.
         num_rounds: of pretraining.
-        node_config: of every site, next to where its data are.
         overrides: of the run, beside `OVERRIDES`.
         tell: called with what it says of itself.
     """
 
     cohort: Path
     num_rounds: int
-    node_config: Mapping[str, NodeValue]
     overrides: Sequence[str]
     tell: Callable[[str], None]
 
 
 def our_turn(folder: Path, run: OurRun, nodes_at: Callable[[int], int] = lambda port: port) -> Turn:
-    """A run of our apps: a SuperLink and a SuperNode a site, with TLS and registered keys.
+    """A run of our apps: a server and two sites from kits, as `isocenter provision` makes them.
 
     Args:
         folder: receives all that it writes.
         run: what to run.
-        nodes_at: see `loopback_federation`.
+        nodes_at: see `local_consortium`.
 
     Raises:
         PeerError: it did not finish.
     """
     folder.mkdir(parents=True)
-    sites: dict[str, dict[str, NodeValue]] = {}
-    for site in SITES:
-        places = {"data-root": str(run.cohort / site), "cache-root": str(folder / "cache" / site)}
-        sites[site] = {**places, "device": "cpu", "threads": 1, **run.node_config}
+    own = {"device": "cpu", "threads": 1}
+    policies = {
+        site: {"data": {"root": str(run.cohort / site)}, "cache_root": str(folder / "cache" / site), **own} for site in SITES
+    }
     began = time.monotonic()
     log = folder / "flower.log"
     arrived: list[float] = []
@@ -294,9 +294,9 @@ def our_turn(folder: Path, run: OurRun, nodes_at: Callable[[int], int] = lambda 
 
     asked = shlex.join([*OVERRIDES, *run.overrides, f"num_rounds={run.num_rounds}", f"output={folder}", "name=run"])
     try:
-        federation = loopback_federation(folder / "federation", sites, nodes_at=nodes_at)
-        with federation as running, Watch(running.place.folder) as watch:
-            outcome = running.run(APP, asked, log_path=log, deadline_s=DEADLINE_S, on_line=on_line)
+        consortium = local_consortium(folder / "consortium", policies, nodes_at=nodes_at)
+        with consortium as running, Watch(*running.folders) as watch:
+            outcome = running.run(asked, log_path=log, deadline_s=DEADLINE_S, on_line=on_line)
     except StartError as error:
         raise PeerError(f"ours: {error}") from None
     if not outcome.ok:
@@ -518,24 +518,6 @@ def as_table(turns: Sequence[Turn], crossed: Payload) -> "Table":
             "{:.2f} ({:.2f} to {:.2f})".format(*row.ratio),
         )
     return table
-
-
-def read_node_config(texts: Sequence[str]) -> dict[str, NodeValue]:
-    """``key=value`` texts as a node config: true and false are booleans, whole numbers are numbers.
-
-    >>> read_node_config(["warm=true", "threads=2", "reading=a=b"])
-    {'warm': True, 'threads': 2, 'reading': 'a=b'}
-
-    Raises:
-        ValueError: a text without a key.
-    """
-    config: dict[str, NodeValue] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not (key and equals):
-            raise ValueError(f"node config must be KEY=VALUE, got {text!r}. Write such as warm=true.")
-        config[key] = value == "true" if value in ("true", "false") else int(value) if value.isdecimal() else value
-    return config
 
 
 def facts() -> dict[str, str | int]:

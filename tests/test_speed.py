@@ -411,7 +411,7 @@ def test_the_command_runs_both_systems_in_turn(tmp_path: Path, monkeypatch: pyte
     asked: list[object] = []
 
     def ours(folder: Path, run: speed_deployment.OurRun, *_: object) -> speed_deployment.Turn:
-        asked.append((folder.name, run.num_rounds, run.node_config, run.overrides))
+        asked.append((folder.name, run.num_rounds, run.overrides))
         assert (run.cohort / "north").is_dir()
         return TURNS[0]
 
@@ -425,12 +425,12 @@ def test_the_command_runs_both_systems_in_turn(tmp_path: Path, monkeypatch: pyte
     home = peers / f"nvflare-{speed_deployment.NVFLARE}"
     home.mkdir(parents=True)
     (home / "installed").touch()
-    options = ["--turns", "2", "--rounds", "4", "--node-config", "warm=true", "--override", "encoder=small"]
+    options = ["--turns", "2", "--rounds", "4", "--override", "encoder=small"]
     outcome = CliRunner().invoke(
         speed.app, ["deployment", *options, "--peers", str(peers), "--output", str(tmp_path / "figures.json")]
     )
     assert outcome.exit_code == 0, outcome.output
-    mine = [(f"{number}-ours", 4, {"warm": True}, ["encoder=small"]) for number in (1, 2)]
+    mine = [(f"{number}-ours", 4, ["encoder=small"]) for number in (1, 2)]
     yours = [(f"{number}-nvflare", "python", 4) for number in (1, 2)]
     assert asked == [mine[0], yours[0], mine[1], yours[1]]
     assert "overhead of a round" in outcome.stdout
@@ -453,12 +453,6 @@ def test_where_nvflare_cannot_be_installed_the_command_says_so(tmp_path: Path, m
     assert "must be installable by pip" in outcome.stderr
     assert "ERROR: No matching distribution found" in outcome.stderr
     assert not list(tmp_path.rglob("installed"))
-
-
-def test_a_node_config_without_a_key_is_refused() -> None:
-    outcome = CliRunner().invoke(speed.app, ["deployment", "--node-config", "warm"])
-    assert outcome.exit_code == 2
-    assert "KEY=VALUE" in outcome.stderr
 
 
 def test_memory_and_processor_time_are_those_of_living_processes() -> None:
