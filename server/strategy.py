@@ -205,6 +205,7 @@ class SiteRounds(FedAvg):
                     reason = str(error)
             if reason is None:
                 self.met.append(node)
+                self.sites.grid.names[node.node_id] = node.site
                 self.nodes = dict(sorted({**self.nodes, node.node_id: node.site}.items(), key=lambda item: item[1]))
             self.arrivals[node.site if reason is None else f"node {node.node_id}"] = (
                 "takes part from now on" if reason is None else f"not taken in: {reason}"
@@ -326,6 +327,7 @@ class SiteRounds(FedAvg):
         del config, grid
         self.round_started = time.monotonic()
         self.exchanged, self.arrivals, self.late = {}, {}, {}
+        self.sites.grid.names.update(self.nodes)
         self.wait_for_quorum(server_round)
         self.sites.grid.rule = self.rule(server_round)
         if self.stage == "pretrain" and self.config.strategy.admit_late:
@@ -373,7 +375,7 @@ class SiteRounds(FedAvg):
         chosen = self.late_updates()
         self.sites.count((reply for _, reply in self.sites.grid.late.values()), "from sites")
         for node, (debt, reply) in self.sites.grid.late.items():
-            site = self.sites.grid.name(node)
+            site = self.nodes.get(node) or self.sites.grid.name(node)
             self.late[site] = f"{told(debt)}: dropped"
             if node in chosen and site not in answers:
                 read, unread = self.sites.sort({node: site}, [reply])
