@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,20 @@ def test_a_pretraining_debt_is_waited_for_by_fine_tuning_and_its_answer_dropped(
     assert [line.get("late_updates") for line in rounds] == [None, None, {"c": "pretrain round 2: dropped"}, None]
     assert 740 <= next(when for _, what, _, when in grid.asked if what == "train.finetune") <= 745
     assert bases[2:] == [0, 0]
+
+
+def test_a_late_update_of_other_weights_than_the_round_trains_is_dropped(
+    slow: Callable[..., SlowGrid], run: Run, consortium: Path, write_site: Callable[..., None]
+) -> None:
+    """In rounds 1 and 2 the head alone is trained, in round 3 the encoder too."""
+    shutil.rmtree(consortium / "b")
+    write_site(consortium / "b", seed=4, healthy=10, patients=10)
+    stages = "finetune=both finetune.stages=[frozen_then_unfrozen] finetune.num_rounds=4 finetune.frozen_rounds=2"
+    grid = slow("strategy.min_sites=1 num_rounds=1", stages)
+    grid.delays = {("c", 2): 150.0}
+    rounds = run(grid)[1:]
+    assert ["".join(sorted(line["sites"])) for line in rounds] == ["bc", "b", "b", "bc"]
+    assert [line.get("late_updates") for line in rounds] == [None, None, {"c": "frozen_then_unfrozen round 2: dropped"}, None]
 
 
 def test_a_site_that_fails_in_a_row_is_excluded_with_notice(
