@@ -5,10 +5,11 @@ there quickly; torch, the model and the scans stay in the worker (`client.warm`)
 ``warm=true``. Without, as in a simulation, whose processes last anyway, the task is carried out here.
 """
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.jobs import Job
+from core.faults import SiteError, incident
 
 app = ClientApp()
 
@@ -29,13 +30,25 @@ def handle(message: Message, context: Context) -> Message:
         run_id=context.run_id,
         memory=context.state,
     )
-    if context.node_config.get("warm") is True:
+    try:
+        answer = ask(job)
+    except SiteError:
+        raise
+    except Exception:
+        # Flower tells the server what an exception says.
+        raise incident() from None
+    return Message(content=answer, reply_to=message)
+
+
+def ask(job: Job) -> RecordDict:
+    """Have a task carried out: by the site's worker, or here."""
+    if job.node_config.get("warm") is True:
         from client.warm import ask_worker
 
-        return Message(content=ask_worker(job), reply_to=message)
+        return ask_worker(job)
     from client.tasks import carry_out
 
-    return Message(content=carry_out(job), reply_to=message)
+    return carry_out(job)
 
 
 for name in TRAIN:

@@ -6,6 +6,7 @@ text.
 
 import json
 import socket
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,18 @@ class Job:
     memory: RecordDict
 
 
+def _as_text(value: bytes) -> dict[str, str]:
+    """Bytes as JSON can hold them; no other value of a record is a dictionary."""
+    return {"base64": b64encode(value).decode("ascii")}
+
+
+def _as_before(value: Any) -> Any:
+    """A value of a record, from what JSON holds of it."""
+    if isinstance(value, list):
+        return [_as_before(element) for element in value]
+    return b64decode(value["base64"]) if isinstance(value, dict) else value
+
+
 def flatten(records: RecordDict) -> tuple[list[Any], list[bytes]]:
     """A description of the records that JSON can hold, and the bytes of their arrays in its order."""
     described: list[Any] = []
@@ -62,14 +75,16 @@ def restore(described: Sequence[Any], parts: Sequence[bytes]) -> RecordDict:
                 {key: Array(dtype, tuple(shape), stype, next(following)) for key, dtype, shape, stype, _ in values}
             )
         else:
-            records[name] = MetricRecord(values) if kind == "metrics" else ConfigRecord(values)
+            plain = {key: _as_before(value) for key, value in values.items()}
+            records[name] = MetricRecord(plain) if kind == "metrics" else ConfigRecord(plain)
     return records
 
 
 def encode(about: Mapping[str, Any], **records: RecordDict) -> list[bytes]:
     """The pieces of a message: the length of the head, the head, and the bytes of every array."""
     flat = {name: flatten(value) for name, value in records.items()}
-    head = json.dumps({"about": about, "records": {name: described for name, (described, _) in flat.items()}}).encode()
+    told = {"about": about, "records": {name: described for name, (described, _) in flat.items()}}
+    head = json.dumps(told, default=_as_text).encode()
     return [len(head).to_bytes(LENGTH, "big"), head, *(part for _, parts in flat.values() for part in parts)]
 
 

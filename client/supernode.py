@@ -20,6 +20,7 @@ from typing import Any
 from client.approval import ApprovalError, Approvals
 from client.state import private_folder
 from client.warm import connect, mark_stopped
+from core.faults import SiteError
 
 FLOWER = "1.41"
 BUSY_S, IDLE_S = 0.25, 2.0
@@ -47,6 +48,7 @@ class Gate:
         self.not_running = not_running
         self.get_run: Callable[[int], Any] | None = None
         self.run_id: int | None = None
+        self.stopped: set[int] = set()
         self.moved = self.looked = time.monotonic()
         self._connect = internal.http_request_response
         self._pull = internal._pull_and_store_message
@@ -109,12 +111,17 @@ class Gate:
 
     def give_up(self, run_id: int) -> None:
         """Have the worker stop what it does for a run that is over."""
-        print("isocenter| the run was stopped", flush=True)  # noqa: T201
-        mark_stopped(self.worker_folder, run_id)
-        with suppress(OSError):
+        if run_id not in self.stopped:
+            print("isocenter| the run was stopped", flush=True)  # noqa: T201
+        # Whatever goes wrong here must not end the SuperNode; it is tried again.
+        with suppress(OSError, SiteError):
             if (worker := connect(self.worker_folder)) is not None:
                 worker.stop(run_id)
-                worker.connection.close()
+                worker.close()
+        with suppress(OSError):
+            if run_id not in self.stopped:
+                mark_stopped(self.worker_folder, run_id)
+        self.stopped.add(run_id)
 
 
 class Clock:

@@ -5,7 +5,6 @@ Nothing that names a subject or a path leaves: failures are logged at the site, 
 
 import logging
 import math
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -64,7 +63,7 @@ from core.exchange import (
     unpack_reference,
     unpack_state,
 )
-from core.faults import SiteError
+from core.faults import SiteError, incident
 from core.finetuning import averaged_logits, finetune, labelled, num_classes, predict, training_scans, validation_loss
 from core.models import (
     CONSTANTS,
@@ -170,9 +169,7 @@ def answer(job: Job, door: Door) -> RecordDict:
     except (ConfigError, ExchangeError) as error:
         raise SiteError("exchange", str(error)) from None
     except Exception:
-        incident = secrets.token_hex(4)
-        log.exception("incident %s", incident)
-        raise SiteError("incident", f"incident {incident}: see the site's local log.") from None
+        raise incident() from None
 
 
 def diagnosed(data: SiteData) -> SiteData:

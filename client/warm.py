@@ -7,7 +7,9 @@ with the process that started the asking one: Flower's SuperExec, which ends wit
 """
 
 import fcntl
+import logging
 import os
+import select
 import signal
 import socket
 import struct
@@ -26,13 +28,16 @@ from client.state import private_folder, state_folder
 from core.faults import SiteError
 
 ROOT = Path(__file__).parents[1]
-SOCKET, LOCK, STOPPED, LOG = "socket", "lock", "stopped", "worker.log"
+SOCKET, LOCK, ALIVE, STOPPED, LOG = "socket", "lock", "alive", "stopped", "worker.log"
 STATUS = "status.json"  # in the state folder
-START_S = 120.0
+START_S, HELLO_S, END_S = 120.0, 10.0, 10.0
 BEAT_S = 2.0
 SILENCE_S = 60.0  # without a beat, a worker is taken for frozen
 PATIENCE_S = 3600.0  # without progress, a worker is taken for hung
 LONGEST_LOG = 20 << 20
+
+log = logging.getLogger("isocenter")
+_started: list[subprocess.Popen[bytes]] = []
 
 
 class WorkerLostError(Exception):
@@ -40,16 +45,32 @@ class WorkerLostError(Exception):
 
 
 def patience_s(node_config: Mapping[str, object]) -> float:
-    """How long a worker may be without progress before it is taken for hung."""
-    return float(str(node_config.get("worker-patience-s", PATIENCE_S)))
+    """How long a worker may be without progress before it is taken for hung.
+
+    Raises:
+        SiteError: it is no positive number.
+    """
+    told = node_config.get("worker-patience-s", PATIENCE_S)
+    if isinstance(told, bool) or not isinstance(told, int | float) or not told > 0:
+        raise SiteError("node_config", "worker-patience-s must be a positive number of seconds.")
+    return float(told)
 
 
 def ask_worker(job: Job) -> RecordDict:
     """Have the worker carry a task out: the one that runs, or a new one; one that is lost on the way is replaced, once.
 
     Raises:
-        SiteError: the task failed, or the worker was lost twice.
+        SiteError: the task failed, or the worker was lost twice, or there can be none.
     """
+    try:
+        return _ask_worker(job)
+    except OSError:
+        log.exception("the site's worker")
+        raise SiteError("worker", "its worker could not be started; see the site's local log.") from None
+
+
+def _ask_worker(job: Job) -> RecordDict:
+    patience_s(job.node_config)
     flower = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
     state = state_folder(job.node_config) or flower / "isocenter" / str(job.node_config.get("site", "site"))
     folder = private_folder(private_folder(state) / "worker")
@@ -58,16 +79,20 @@ def ask_worker(job: Job) -> RecordDict:
             worker = connect(folder)
             if worker is not None and (worker.root != str(ROOT) or worker.owner != os.getppid()):
                 worker.kill()
+                worker.close()
                 worker = None
             worker = worker or start(folder)
         try:
             return worker.carry_out(job)
         except WorkerLostError as error:
+            log.warning("the site's worker %s", error)
             worker.kill()
             if is_stopped(folder, job.run_id):
                 raise SiteError("stopped", "the run was stopped.") from None
             if attempt == 2:
                 raise SiteError("worker", f"its worker {error} twice on the same task; see the site's local log.") from None
+        finally:
+            worker.close()
     raise AssertionError("unreachable")
 
 
@@ -78,12 +103,14 @@ class Worker:
     Attributes:
         connection: the socket.
         pid: its process.
+        handle: of that process, which no later one of the same number can be taken for.
         root: folder of the code that it runs.
         owner: the process it ends with.
     """
 
     connection: socket.socket
     pid: int
+    handle: int
     root: str
     owner: int
 
@@ -114,8 +141,8 @@ class Worker:
                     raise WorkerLostError("made no progress")
         except TimeoutError:
             raise WorkerLostError("stopped responding") from None
-        except OSError:
-            pass
+        except (OSError, ValueError, KeyError):
+            log.exception("what the site's worker says")
         raise WorkerLostError("ended")
 
     def stop(self, run_id: int) -> None:
@@ -125,10 +152,49 @@ class Worker:
             receive(self.connection)
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once, and see that it has ended."""
+        _end(self.handle)
+
+    def close(self) -> None:
+        """Leave it alone from now on."""
+        if self.handle >= 0:
+            os.close(self.handle)
         self.connection.close()
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        self.handle = -1
+
+
+def _end(handle: int) -> None:
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+    select.select([handle], [], [], END_S)
+
+
+def end_other(folder: Path) -> None:
+    """End a worker of this folder that lives and does not answer, so that there are never two.
+
+    Raises:
+        TimeoutError: it does not end.
+    """
+    deadline = time.monotonic() + END_S
+    with (folder / ALIVE).open("a+", encoding="ascii") as alive:
+        while not held(alive.fileno()):
+            alive.seek(0)
+            with suppress(ValueError, ProcessLookupError):
+                handle = os.pidfd_open(int(alive.read()))
+                _end(handle)
+                os.close(handle)
+            if time.monotonic() > deadline:
+                raise TimeoutError("an earlier worker does not end")
+            time.sleep(0.02)
+
+
+def held(descriptor: int) -> bool:
+    """Take a lock that a process holds for as long as it lives or the file is open; False where another has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def connect(folder: Path) -> Worker | None:
@@ -138,21 +204,26 @@ def connect(folder: Path) -> Worker | None:
         SiteError: who answers is another user's process.
     """
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(10.0)
+    connection.settimeout(HELLO_S)
+    handle = -1
     try:
         with socket_path(folder) as path:
             connection.connect(path)
-        uid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))[1]
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid, uid, _ = struct.unpack("3i", credentials)
         if uid != os.getuid():
+            connection.close()
             raise SiteError("state", "the site's worker must be its user's own, another user's process answers; see its log.")
-        hello = receive(connection)
-    except OSError:
-        hello = None
-    if hello is None:
-        connection.close()
-        return None
-    told, _ = hello
-    return Worker(connection, told["pid"], told["root"], told["owner"])
+        handle = os.pidfd_open(pid)
+        if (hello := receive(connection)) is not None:
+            told, _ = hello
+            return Worker(connection, pid, handle, told["root"], told["owner"])
+    except (OSError, ValueError, KeyError):
+        pass
+    if handle >= 0:
+        os.close(handle)
+    connection.close()
+    return None
 
 
 @contextmanager
@@ -171,34 +242,42 @@ def start(folder: Path) -> Worker:
     Raises:
         SiteError: it did not come up.
     """
+    end_other(folder)
     log_path = folder / LOG
     if log_path.exists() and log_path.stat().st_size > LONGEST_LOG:
         log_path.replace(log_path.with_suffix(".log.1"))
     command = [sys.executable, "-P", "-m", "client.worker", str(folder), "--owner", str(os.getppid())]
     # The worker must run the code of the app that asks, wherever Flower has put that.
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+    with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as local_log:
         process = subprocess.Popen(
             command,
             env=environment,
             cwd=folder,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=local_log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+    # It is to outlive us: forgotten, Python would warn that it still runs.
+    _started[:] = [other for other in _started if other.poll() is None] + [process]
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
         worker = connect(folder)
-        if worker is not None and worker.pid == process.pid:
-            return worker
+        if worker is not None:
+            if worker.pid == process.pid:
+                return worker
+            worker.close()
         time.sleep(0.02)
     process.kill()
+    process.wait()
     raise SiteError("worker", "its worker did not start; see the site's local log.")
 
 
 def mark_stopped(folder: Path, run_id: int) -> None:
     """Note that a run is over, so that no worker takes up its tasks again."""
+    if is_stopped(folder, run_id):
+        return
     with (folder / STOPPED).open("a", encoding="ascii") as file:
         file.write(f"{run_id}\n")
 

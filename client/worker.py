@@ -6,10 +6,12 @@ the main thread; another thread tells each asker every two seconds that it lives
 
 import argparse
 import json
+import logging
 import os
 import queue
 import select
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -20,12 +22,14 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from client.jobs import Job, decode_head, decoded, encode, receive, send
+from client.jobs import LENGTH, Job, decode_head, decoded, encode, receive, send
 from client.state import private_folder
-from client.warm import BEAT_S, ROOT, STATUS, is_stopped, mark_stopped, socket_path
+from client.warm import ALIVE, BEAT_S, ROOT, STATUS, held, is_stopped, mark_stopped, socket_path
 from core import progress
-from core.faults import SiteError
+from core.faults import SiteError, incident
 from core.files import write_atomically
+
+log = logging.getLogger("isocenter")
 
 IDLE_S = 3600.0  # without a task for so long, it ends and gives its memory back
 
@@ -52,7 +56,7 @@ class Memory:
         self.folder = folder
         self.run_id: int | None = None
         self.records = RecordDict()
-        self._saved: dict[str, int] = {}
+        self._saved: dict[str, object] = {}
 
     def of(self, run_id: int) -> RecordDict:
         """The run's records; those of another run are dropped."""
@@ -60,7 +64,7 @@ class Memory:
             path = self.folder / str(run_id)
             self.records = self._load(path) if path.exists() else RecordDict()
             self.run_id = run_id
-            self._saved = self._marks()
+            self._saved = dict(self.records)
             for other in self.folder.iterdir() if self.folder.exists() else ():
                 if other != path:
                     other.unlink()
@@ -68,24 +72,28 @@ class Memory:
 
     def save(self) -> None:
         """Keep the records on disk where they have changed."""
-        marks = self._marks()
-        if marks != self._saved:
+        same = self._saved.keys() == self.records.keys() and all(self._saved[name] is self.records[name] for name in self._saved)
+        if not same:
             write_atomically(self.folder / str(self.run_id), b"".join(encode({}, memory=self.records)), 0o600)
-            self._saved = marks
-
-    def _marks(self) -> dict[str, int]:
-        return {name: id(record) for name, record in self.records.items()}
+            self._saved = dict(self.records)
 
     @staticmethod
     def _load(path: Path) -> RecordDict:
+        """What was kept; nothing where that was damaged, and then the server tells it again, as to a site started anew."""
         data = path.read_bytes()
-        size = int.from_bytes(data[:8], "big")
-        _, described, lengths = decode_head(data[8 : 8 + size])
-        parts, at = [], 8 + size
-        for length in lengths:
-            parts.append(data[at : at + length])
-            at += length
-        return decoded(described, iter(parts))["memory"]
+        try:
+            size = int.from_bytes(data[:LENGTH], "big")
+            _, described, lengths = decode_head(data[LENGTH : LENGTH + size])
+            parts, at = [], LENGTH + size
+            for length in lengths:
+                parts.append(data[at : at + length])
+                at += length
+            if at != len(data):
+                raise ValueError(f"{len(data)} bytes in place of {at}")
+            return decoded(described, iter(parts))["memory"]
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            log.warning("what was kept for the run cannot be read and is left: %s", error)
+            return RecordDict()
 
 
 class Server:
@@ -157,18 +165,19 @@ class Server:
 
     def give_up(self, run_id: int) -> None:
         """End what is done for a run at the next sign of progress, and take up nothing of it any more."""
+        current = self.current
+        if current is not None and current.about["run_id"] == run_id:
+            current.given_up.set()
         mark_stopped(self.folder, run_id)
-        if self.current is not None and self.current.about["run_id"] == run_id:
-            self.current.given_up.set()
 
     def serve(self, order: Order) -> None:
         """Carry a task out in this thread."""
         from client.tasks import carry_out
 
         about = order.about
-        self.current = order
+        self.current, self.moved = order, time.monotonic()
         try:
-            if is_stopped(self.folder, about["run_id"]):
+            if order.given_up.is_set() or is_stopped(self.folder, about["run_id"]):
                 raise SiteError("stopped", "the run was stopped.")
             job = Job(
                 message_type=about["job"],
@@ -186,7 +195,11 @@ class Server:
         except SiteError as error:
             order.fault = (error.kind, error.text)
         except OSError:
+            log.exception("what the site keeps for the run")
             order.fault = ("disk", "its disk must take what the site keeps for the run, it does not; see the site's local log.")
+        except Exception:
+            fault = incident()
+            order.fault = (fault.kind, fault.text)
         finally:
             self.current = None
             self.status = {**self.status, "task": "", "ended": now()}
@@ -243,6 +256,12 @@ def main() -> None:
     parser.add_argument("--owner", type=int, required=True)
     arguments = parser.parse_args()
     end_with(arguments.owner)
+    alive = (arguments.folder / ALIVE).open("a+", encoding="ascii")
+    if not held(alive.fileno()):
+        sys.exit("another worker of this site lives")
+    alive.truncate(0)
+    alive.write(str(os.getpid()))
+    alive.flush()
     for left in arguments.folder.parent.glob(f".{STATUS}.*"):
         left.unlink(missing_ok=True)
     Server(arguments.folder, arguments.owner).run()

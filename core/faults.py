@@ -1,6 +1,10 @@
 """Failures in words that may leave a site; nothing heavy is imported here, so that a thin process can tell them too."""
 
+import logging
 import re
+import secrets
+
+log = logging.getLogger("isocenter")
 
 
 class SiteError(Exception):
@@ -15,6 +19,13 @@ class SiteError(Exception):
         super().__init__(f"[isocenter:{kind}] {text}")
         self.kind = kind
         self.text = text
+
+
+def incident() -> SiteError:
+    """What leaves of the exception that is being handled: a number, by which the site's local log tells it."""
+    number = secrets.token_hex(4)
+    log.exception("incident %s", number)
+    return SiteError("incident", f"incident {number}: see the site's local log.")
 
 
 def error_kind(reason: str) -> tuple[str, str]:

@@ -43,15 +43,25 @@ app = ServerApp()
 
 @dataclass
 class Results:
-    """What the evaluation of a run found, and why something is missing."""
+    """What the evaluation of a run found, why something is missing, and which sites were excluded on the way."""
 
     evaluations: list[Evaluation] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    excluded: dict[str, str] = field(default_factory=dict)
 
     def add(self, found: tuple[list[Evaluation], list[str]]) -> None:
         """Take in evaluations and notes."""
         self.evaluations += found[0]
         self.notes += [note for note in found[1] if note not in self.notes]
+
+    def leave_out(self, excluded: Mapping[str, str]) -> None:
+        """Note the sites that a stage excluded: they take no part in what follows, and are not called unseen."""
+        self.excluded |= excluded
+        self.notes += [f"{site} takes no part any more: it {text}" for site, text in excluded.items()]
+
+    def remaining(self, nodes: Mapping[int, str]) -> dict[int, str]:
+        """Those of the nodes whose site was not excluded."""
+        return {node: site for node, site in nodes.items() if site not in self.excluded}
 
 
 @app.main()
@@ -104,11 +114,14 @@ def carry_out(grid: Grid, context: Context) -> None:
     strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths, nodes)
     pretrained = strategy.train(untrained) if config.num_rounds else untrained
     nodes, pretraining = sorted(strategy.met, key=lambda node: node.site), strategy.nodes
+    results.leave_out(strategy.excluded)
     # A site that was admitted late may be a target too.
-    targets = choose_targets(nodes, config)
-    evaluated = evaluated | pretraining | targets
+    targets = results.remaining(choose_targets(nodes, config))
+    evaluated = results.remaining(evaluated | pretraining | targets)
     eraser = erase(strategy, pretrained, folder, config, results) if "h" in config.erased_spaces else None
 
+    if config.evaluation.name != "none":
+        sites.grid.wait_until_connected(evaluated, len(evaluated), config.strategy.wait_for_sites_s)
     how, notes = choose_evaluation(nodes, evaluated, config)
     results.add(([], notes))
     stages: Stages = {"untrained": (untrained, None)} if config.num_rounds else {}
@@ -136,10 +149,12 @@ def carry_out(grid: Grid, context: Context) -> None:
         initial, _ = split_constants({name: value.clone() for name, value in classifier.state_dict().items()})
         if STAGES[stage].start == "pretrained":
             initial |= {name: value for name, value in pretrained.items() if name.startswith("encoder.")}
-        finetuned = finetuned_at(targets, stage, classifier, initial, sites, folder, config)
+        finetuned = finetuned_at(targets, stage, classifier, initial, sites, folder, config, results)
+        targets = results.remaining(targets)
         if how == "per_scan":
             labelled = {node.node_id: node.site for node in nodes if cast(int, node.about["classes-in-train"]) >= 2}
-            scored, notes = score_predictions(sites, labelled | targets, targets, finetuned, stage, config)
+            asked = results.remaining(labelled) | targets
+            scored, notes = score_predictions(sites, asked, targets, finetuned, stage, config)
             results.add((scored.evaluations, notes))
             if scored.predictions is not None:
                 predictions[stage] = scored.predictions
@@ -398,17 +413,22 @@ def finetuned_at(
     sites: Sites,
     folder: Path,
     config: RunConfig,
+    results: Results,
 ) -> dict[int, State]:
-    """The weights that a stage gives each target site: the same at all, or each site's own."""
+    """The weights that a stage gives each target site that takes part to its end: the same at all, or each site's own."""
 
     def at(nodes: Mapping[int, str], own: str | None) -> State:
         def trained(round_number: int) -> frozenset[str]:
             return trained_names(model, stage, round_number, config)
 
-        return SiteRounds(config, stage, sites, nodes, initial, folder, own=own, trained=trained).train(initial)
+        strategy = SiteRounds(config, stage, sites, nodes, initial, folder, own=own, trained=trained)
+        state = strategy.train(initial)
+        results.leave_out(strategy.excluded)
+        return state
 
     if config.finetune.where == "federated":
-        return dict.fromkeys(targets, at(targets, None))
+        state = at(targets, None)
+        return dict.fromkeys(results.remaining(targets), state)
     return {node: at({node: site}, site) for node, site in targets.items()}
 
 
@@ -450,7 +470,7 @@ def finish(
     roles = {
         "pretraining": sorted(pretraining.values()),
         "target": sorted(targets.values()),
-        "unseen": sorted(node.site for node in nodes if node.node_id not in pretraining),
+        "unseen": sorted(node.site for node in nodes if node.node_id not in pretraining and node.site not in results.excluded),
     }
     write_atomically(folder / ROLES, (json.dumps(roles, indent=1) + "\n").encode())
     traffic = traffic_by_kind(sites.traffic)
@@ -472,7 +492,7 @@ def finish(
             "role": " and ".join(
                 role for role, chosen in (("pretraining", pretraining), ("target", targets)) if node.node_id in chosen
             )
-            or "unseen",
+            or ("excluded" if node.site in results.excluded else "unseen"),
             "problems": dict(str(entry).split("=") for entry in cast(list[str], node.about["problems"])),
         }
         for node in nodes

@@ -71,7 +71,7 @@ class Board:
         if name in self.excluded:
             return entry | {"does": "excluded", "words": self.excluded[name]}
         debt = self.grid.waiting.get(node) or self.grid.debts.get(node)
-        entry["connected"] = node in self.grid.connected
+        entry["connected"] = node in self.grid.seen
         if debt is None:
             return entry | {"does": "waits"}
         training = debt.message_type.startswith("train.")

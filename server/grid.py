@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
+import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
 
@@ -21,6 +23,7 @@ NOTICE_S = 60.0
 LOOK_S = 5.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 UNAVAILABLE = 5  # Flower's code of an answer that a lost node will not give
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ class Rule:
         deadline_s: from the question on; None: no other than the timeout.
         round_number: of the run's stage, for what is told; None outside of rounds.
         stage: of the run.
+        late: nodes whose late answer, in `PatientGrid.late`, counts as one of those, so that they are not asked.
     """
 
     enough: int | None = None
     deadline_s: float | None = None
     round_number: int | None = None
     stage: str = ""
+    late: Callable[[], Collection[int]] = tuple
 
 
 class Pace:
@@ -89,9 +94,10 @@ class PatientGrid:
     Attributes:
         rule: how long to wait, until it is set anew.
         debts: by node, what it owes.
-        late: by node, answers that came after their time: the debt and the message.
+        late: by node, answers to training tasks that came after their time: the debt and the message.
         sent: messages of the last question, less those to nodes that were not asked.
-        connected: nodes that were when that was last looked at.
+        answered: of the last question, by node, after how many seconds it answered, if only with an error.
+        seen: nodes that were connected when that was last looked at.
         training: whether the last question was a task of training.
         unanswered: of the last question, by node, why there is no answer: kind and sentence.
         quorum_s: seconds until ``rule.enough`` had answered the last question; None where they have not.
@@ -115,39 +121,38 @@ class PatientGrid:
         self.answered: dict[int, float] = {}
         self.quorum_s: float | None = None
         self.sent: list[Message] = []
-        self.connected: set[int] = set()
         self.training = False
         self._node_of: dict[str, int] = {}
+        self.seen: set[int] = set()
+        self._unreachable = -NOTICE_S
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """The answers that came in time; why there is none from a node is in ``unanswered``."""
+        """The answers that came in time, one a node; why there is none from a node is in ``unanswered``.
+
+        Where earlier debts leave fewer than are needed to be asked, they are waited for first. Both waits end with the timeout.
+        """
         messages = list(messages)
         began = self.clock()
         self.unanswered, self.answered, self.quorum_s = {}, {}, None
-        if self.rule.enough is None:
-            self._wait_for_debts({message.metadata.dst_node_id for message in messages}, began, timeout)
+        self._wait_for_debts({message.metadata.dst_node_id for message in messages}, began, timeout)
         self.collect_late()
-        connected = self.connected = set(self.grid.get_node_ids())
+        connected, excused = self.connected(), set(self.rule.late())
         self.training = any(message.metadata.message_type.startswith("train.") for message in messages)
-        sent = self.sent = []
+        asked: list[Message] = []
         for message in messages:
             node = message.metadata.dst_node_id
+            if node in excused:
+                continue
             if debt := self.debts.get(node):
                 self.unanswered[node] = (
                     "busy",
-                    f"still works on {told(debt)}, for {began - debt.asked:.0f} s; nothing was sent.",
+                    f"still works on {told(debt)}, for {self.owes_s(node):.0f} s; nothing was sent.",
                 )
             elif node not in connected:
                 self.unanswered[node] = ("away", "is not connected; nothing was sent.")
             else:
-                sent.append(message)
-        self.waiting = {}
-        for message, message_id in zip(sent, self.grid.push_messages(sent) if sent else (), strict=True):
-            about = message.metadata
-            self.waiting[about.dst_node_id] = Debt(
-                message_id, about.message_type, self.rule.round_number, self.rule.stage, self.clock()
-            )
-            self._node_of[message_id] = about.dst_node_id
+                asked.append(message)
+        self._push(asked)
         replies = self._wait(self.clock(), timeout)
         for node, debt in self.waiting.items():
             self.debts[node] = debt
@@ -156,17 +161,41 @@ class PatientGrid:
         self.on_move()
         return replies
 
+    def _push(self, messages: Iterable[Message]) -> None:
+        """Send, and note for whom to wait: Flower has no number for a message that it did not take."""
+        messages, self.waiting, self.sent = list(messages), {}, []
+        numbers: list[str | None] = list(self.grid.push_messages(messages)) if messages else []
+        # Of too many at once it takes none and tells no numbers at all.
+        numbers += [None] * (len(messages) - len(numbers))
+        for message, message_id in zip(messages, numbers, strict=True):
+            about = message.metadata
+            if not message_id:
+                self.unanswered[about.dst_node_id] = ("unsent", "the server's SuperLink did not take the message for it.")
+                continue
+            debt = Debt(message_id, about.message_type, self.rule.round_number, self.rule.stage, self.clock())
+            self.waiting[about.dst_node_id] = debt
+            self._node_of[message_id] = about.dst_node_id
+            self.sent.append(message)
+
+    def _too_few(self, nodes: Collection[int], busy: Collection[int]) -> bool:
+        """Whether the nodes that may be asked now are not enough."""
+        if self.rule.enough is None:
+            return True
+        free = self.connected().intersection(nodes).difference(busy)
+        return len(free.union(self.rule.late())) < self.rule.enough
+
     def _wait_for_debts(self, nodes: Collection[int], began: float, timeout: float | None) -> None:
-        """Where everybody's answer is needed, let who is still busy finish first."""
+        """Let who is still busy finish first, where their answers are needed."""
         noticed = began - NOTICE_S
-        while busy := sorted(self.name(node) for node in self.debts if node in nodes):
+        while (busy := [node for node in self.debts if node in nodes]) and self._too_few(nodes, busy):
             self.collect()
             now = self.clock()
             if timeout is not None and now - began >= timeout:
                 return
             if now - noticed >= NOTICE_S:
                 noticed = now
-                log.info("waiting for %s to finish earlier work", ", ".join(busy))
+                log.info("waiting for %s to finish earlier work", ", ".join(sorted(map(self.name, busy))))
+                self.on_move()
             self.sleep(LONGEST_PAUSE_S)
 
     def _wait(self, began: float, timeout: float | None) -> list[Message]:
@@ -179,14 +208,14 @@ class PatientGrid:
                 good += not message.has_error()
                 pause = SHORTEST_PAUSE_S
             now = self.clock()
-            if self.rule.enough is not None and good >= self.rule.enough:
+            if self.rule.enough is not None and good + len(self.rule.late()) >= self.rule.enough:
                 self.quorum_s = self.quorum_s if self.quorum_s is not None else now - began
             over = self.rule.deadline_s is not None and now - began >= self.rule.deadline_s
             if not self.waiting or (over and self.quorum_s is not None) or (timeout is not None and now - began >= timeout):
                 break
             if now - looked >= LOOK_S:
                 looked = now
-                self.connected = set(self.grid.get_node_ids())
+                self.connected()
                 self.on_move()
             if now - noticed >= NOTICE_S:
                 noticed = now
@@ -196,11 +225,18 @@ class PatientGrid:
         return replies
 
     def collect(self) -> list[Message]:
-        """Answers to the question that is open; those to earlier ones go to ``late``."""
+        """Answers to the question that is open; to earlier ones, those to training tasks go to ``late``, no one wants the others.
+
+        What answers no question, or one that was answered before, is left alone.
+        """
         by_id = {debt.message_id: node for node, debt in (*self.waiting.items(), *self.debts.items())}
         replies = []
-        for message in self.grid.pull_messages(list(by_id)) if by_id else ():
-            node = by_id[message.metadata.reply_to_message_id]
+        nothing: list[Message] = []
+        for message in self._reach(lambda: list(self.grid.pull_messages(list(by_id))), nothing) if by_id else nothing:
+            node = by_id.pop(message.metadata.reply_to_message_id, None)
+            if node is None:
+                log.warning("an answer came to no question that is open; it is left alone")
+                continue
             if node in self.waiting and self.waiting[node].message_id == message.metadata.reply_to_message_id:
                 debt = self.waiting.pop(node)
                 self.answered[node] = self.clock() - debt.asked
@@ -208,7 +244,7 @@ class PatientGrid:
                 self.on_move()
                 continue
             debt = self.debts.pop(node)
-            if not message.has_error():
+            if not message.has_error() and debt.message_type.startswith("train."):
                 self.late[node] = (debt, message)
             log.info("%s has %s %s, late", self.name(node), "failed at" if message.has_error() else "answered", told(debt))
         return replies
@@ -226,19 +262,26 @@ class PatientGrid:
         """The site's name, or the node's number where it has not told one."""
         return self.names.get(node, f"node {node}")
 
+    def owes_s(self, node: int) -> float:
+        """For how many seconds a node has owed an answer; 0 where it owes none."""
+        return self.clock() - self.debts[node].asked if node in self.debts else 0.0
+
     def name_missing(self, now: float) -> None:
         """Log who has not answered yet, for how long, and whether it is connected."""
-        connected = set(self.grid.get_node_ids())
+        connected = self.connected()
         for node, debt in sorted(self.waiting.items(), key=lambda item: self.name(item[0])):
             state = "it is connected" if node in connected else "it is NOT connected"
             log.info("waiting for %s, asked for %s %.0f s ago; %s", self.name(node), told(debt), now - debt.asked, state)
 
     def wait_until_connected(self, nodes: Iterable[int], enough: int, limit_s: float) -> set[int]:
-        """Wait for enough of the nodes to be connected, naming the missing every minute; those that are connected in the end."""
+        """Wait for enough of the nodes to be connected, naming the missing every minute; those that are connected in the end.
+
+        More than all of them are not waited for.
+        """
         wanted, began = set(nodes), self.clock()
-        noticed = began - NOTICE_S
+        enough, noticed = min(enough, len(wanted)), began - NOTICE_S
         while True:
-            missing = wanted - set(self.grid.get_node_ids())
+            missing = wanted - self.connected()
             now = self.clock()
             if len(wanted) - len(missing) >= enough or now - began >= limit_s:
                 return wanted - missing
@@ -255,7 +298,23 @@ class PatientGrid:
 
     def get_node_ids(self) -> Iterable[int]:
         """Numbers of the connected nodes."""
-        return self.grid.get_node_ids()
+        return self.connected()
+
+    def connected(self) -> set[int]:
+        """The connected nodes; those of the last time while the SuperLink cannot be reached."""
+        self.seen = self._reach(lambda: set(self.grid.get_node_ids()), self.seen)
+        return set(self.seen)
+
+    def _reach(self, look: Callable[[], Found], otherwise: Found) -> Found:
+        """What the SuperLink tells, or, while it cannot be reached, something else: whoever waits looks again."""
+        try:
+            found = look()
+        except httpx.TransportError as error:
+            if self.clock() - self._unreachable >= NOTICE_S:
+                self._unreachable = self.clock()
+                log.warning("the SuperLink cannot be reached (%s), trying again", type(error).__name__)
+            return otherwise
+        return found
 
 
 def told(debt: Debt) -> str:

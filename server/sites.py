@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
@@ -147,7 +147,12 @@ class Sites:
             return
         arrays, layout = pack(self.constants)
         task = content(constants=arrays, config=ConfigRecord({"fingerprint": fingerprint(), "layout": layout}))
+        rule = self.grid.rule
+        if rule.enough is not None and quorum is not None:
+            # Who holds them already has answered.
+            self.grid.rule = replace(rule, enough=max(0, quorum - (len(nodes) - len(missing))))
         taken, failures = self._ask(missing, "query.constants", lambda _: task)
+        self.grid.rule = rule
         self._holders.update(node for node, site in missing.items() if site in taken)
         if len(nodes) - len(failures) < (len(nodes) if quorum is None else quorum):
             raise RunError(f"constants: every site must take them, {len(failures)} did not.{reasons(failures)}")

@@ -51,8 +51,10 @@ NOTHING_ERASED = (
 MIN_CONTRAST_SUBJECTS = 4
 STOP_AT_ONCE = {"not_finite", "code"}
 ALONE = {"aggregate": "mean", "max_weight_share": None}
-RETRIED = {"away", "incident", "unknown", "worker"}
+RETRIED = {"incident", "unknown", "worker", "unsent"}
 """Kinds of failure that may pass: a site that fails so is asked once more in the same round."""
+WAITED_FOR = {"away", "busy"}
+"""Kinds of failure that may pass, if late: a site that fails so is waited for, and asked again, where too few others answered."""
 EARLIER = 0.8  # share of a round's deadline after which a site ends its steps, so that its update arrives in time
 PRIVACY_NUMBERS = ("epsilon", "epsilon_rdp", "delta", "noise_multiplier", "clip_norm", "sample_rate", "steps")
 
@@ -129,6 +131,7 @@ class SiteRounds(FedAvg):
         self.excluded: dict[str, str] = {}
         self.bases: dict[int, ArrayRecord] = {}
         self.late: dict[str, str] = {}
+        self.round_number = 0
         self.round_started = self.started = time.monotonic()
 
     def task(self, round_number: int, arrays: ArrayRecord, space: str = "", **more: ArrayRecord) -> RecordDict:
@@ -203,6 +206,7 @@ class SiteRounds(FedAvg):
                     reason = str(error)
             if reason is None:
                 self.met.append(node)
+                self.sites.grid.names[node.node_id] = node.site
                 self.nodes = dict(sorted({**self.nodes, node.node_id: node.site}.items(), key=lambda item: item[1]))
             self.arrivals[node.site if reason is None else new[node.node_id]] = (
                 "takes part from now on" if reason is None else f"not taken in: {reason}"
@@ -324,6 +328,7 @@ class SiteRounds(FedAvg):
         del config, grid
         self.round_started = time.monotonic()
         self.exchanged, self.arrivals, self.late = {}, {}, {}
+        self.sites.grid.names.update(self.nodes)
         self.wait_for_quorum(server_round)
         self.sites.grid.rule = self.rule(server_round)
         if self.stage == "pretrain" and self.config.strategy.admit_late:
@@ -336,39 +341,54 @@ class SiteRounds(FedAvg):
             self.exchange_round = server_round if self.references else 0
             self.holders.clear()
         self.round_arrays = self.bases[server_round] = arrays
-        self.sites.grid.collect_late()
-        # One update a site and round: who has just sent one late is asked again in the next round.
-        fresh = {node: site for node, site in self.nodes.items() if node not in self.late_updates()}
-        return self.training_tasks(server_round, fresh)
+        self.round_number = server_round
+        # One update a site and round: who has sent one late counts with that, and is asked again in the next round.
+        self.sites.grid.rule = replace(self.sites.grid.rule, late=self.late_updates)
+        return self.training_tasks(server_round, self.nodes)
 
     def late_updates(self) -> dict[int, tuple[Debt, Message]]:
-        """Updates of earlier rounds of this stage that came too late for them, where late ones are taken."""
+        """Updates of earlier rounds of this stage that came too late for them and may be taken; by node.
+
+        They are of the weights that the present round trains.
+        """
         if self.config.strategy.late_updates == "drop":
             return {}
         return {
             node: (debt, reply)
             for node, (debt, reply) in self.sites.grid.late.items()
-            if node in self.nodes and debt.stage == self.saved_as and debt.message_type.startswith("train.")
+            if node in self.nodes
+            and debt.stage == self.saved_as
+            and debt.round_number in self.bases
+            and set(self.names_in(debt.round_number)) == set(self.names_in(self.round_number))
         }
 
-    def take_late(self, answers: dict[str, RecordDict]) -> list[Message]:
-        """The late updates, each added to this round's weights instead of to those that its site began with.
+    def names_in(self, round_number: int) -> Collection[str]:
+        """Names of the weights that a round trains."""
+        return self.template if self.trained is None else self.trained(round_number)
+
+    def take_late(self, answers: dict[str, RecordDict], failures: Failures) -> tuple[list[Message], dict[str, int]]:
+        """The late updates that count in this round, which join the answers, and the rounds that they are of, by site.
 
         What is dropped is told.
         """
-        taken = []
+        taken: list[Message] = []
+        rounds: dict[str, int] = {}
         chosen = self.late_updates()
+        self.sites.count((reply for _, reply in self.sites.grid.late.values()), "from sites")
         for node, (debt, reply) in self.sites.grid.late.items():
-            site = self.sites.grid.name(node)
-            if node in chosen and site not in answers and debt.round_number in self.bases:
-                taken.append(reply)
-                answers[site] = reply.content
-                self.late[site] = f"{told(debt)}: taken"
-            else:
-                self.late[site] = f"{told(debt)}: dropped"
+            site = self.nodes.get(node) or self.sites.grid.name(node)
+            self.late[site] = f"{told(debt)}: dropped"
+            if node in chosen and site not in answers:
+                read, unread = self.sites.sort({node: site}, [reply])
+                answers |= read
+                failures |= unread
+                if site in read:
+                    taken.append(reply)
+                    rounds[site] = cast(int, debt.round_number)
+                    self.late[site] = f"{told(debt)}: taken"
             log.info("%s had answered late, its answer to %s", site, self.late[site])
         self.sites.grid.late.clear()
-        return taken
+        return taken, rounds
 
     def rebase(self, reply: RecordDict, state: State, round_number: int) -> State:
         """Put this round's weights plus a late update in place of the weights that an earlier round's training gave."""
@@ -404,19 +424,22 @@ class SiteRounds(FedAvg):
     def ask_again(self, round_number: int, replies: list[Message]) -> tuple[list[Message], Failures]:
         """The replies, in place of failures that may pass the second ones, and the failures that remain.
 
-        A site that was lost is waited for, unless enough others have answered.
+        A site that was lost, or is busy with an earlier round, is waited for, unless enough others have answered.
         """
+        grid = self.sites.grid
         answers, failures = self.sites.sort(self.nodes, replies)
-        failed = {node: site for node, site in self.nodes.items() if failures.get(site, ("",))[0] in FORGETFUL | RETRIED}
-        if len(answers) >= self.quorum:
-            failed = {node: site for node, site in failed.items() if failures[site][0] != "away"}
-        if not failed:
+        lacking = self.quorum - len(answers) - len(self.late_updates())
+        passing = FORGETFUL | RETRIED | (WAITED_FOR if lacking > 0 else set())
+        failed = {node: site for node, site in self.nodes.items() if failures.get(site, ("",))[0] in passing}
+        if not failed or any(kind in STOP_AT_ONCE for kind, _ in failures.values()):
             return replies, failures
         for site in failed.values():
             log.warning("round %d: %s failed and is asked again: %s", round_number, site, failures[site][1])
-        grid = self.sites.grid
-        if len(answers) < self.quorum:
-            grid.wait_until_connected(failed, self.quorum - len(answers), self.config.strategy.wait_for_sites_s)
+        if lacking > 0:
+            grid.wait_until_connected(failed, lacking, self.config.strategy.wait_for_sites_s)
+        if grid.rule.enough is not None:
+            # With who has answered, or has sent an earlier update in the meantime.
+            grid.rule = replace(grid.rule, enough=max(0, self.quorum - len(answers)))
         self.sites.forget(failed)
         self.sites.tell_constants(failed, 0)
         self.holders.difference_update(failed)
@@ -427,14 +450,19 @@ class SiteRounds(FedAvg):
         return kept + again, remaining
 
     def exclude(self, round_number: int, failures: Failures) -> None:
-        """Count the rounds in a row that a site failed in; who fails too often takes no part any more, with notice."""
-        for site in self.nodes.values():
-            self.failed_rounds[site] = self.failed_rounds[site] + 1 if site in failures else 0
-        limit = self.config.strategy.exclude_after
+        """Count the rounds in a row that a site failed in; who fails too often takes no part any more, with notice.
+
+        A site that still works on an earlier round has not failed in this one, as long as an answer may take.
+        """
+        grid, limit = self.sites.grid, self.config.strategy.exclude_after
         for node, site in list(self.nodes.items()):
+            if site not in failures:
+                self.failed_rounds[site] = 0
+            elif failures[site][0] != "busy" or grid.owes_s(node) >= self.sites.timeout_s:
+                self.failed_rounds[site] += 1
             if self.failed_rounds[site] >= limit and self.quorum < len(self.nodes):
                 text = f"failed in {limit} rounds in a row, last in {self.stage} round {round_number}: {failures[site][1]}"
-                log.warning("%s takes no part in %s any more: it %s", site, self.stage, text)
+                log.warning("%s takes no part any more: it %s", site, text)
                 self.excluded[site] = text
                 del self.nodes[node]
 
@@ -442,21 +470,22 @@ class SiteRounds(FedAvg):
         """Check, average in site order, keep a checkpoint, tell what happened."""
         quorum_s = self.sites.grid.quorum_s
         replies, failures = self.ask_again(server_round, list(replies))
-        self.pace.learn(time.monotonic() - self.round_started if quorum_s is None else quorum_s)
         answers, _ = self.sites.sort(self.nodes, replies)
-        since = {self.sites.grid.name(node): debt.round_number for node, (debt, _) in self.late_updates().items()}
-        late = self.take_late(answers)
+        late, since = self.take_late(answers, failures)
+        self.sites.grid.rule = self.rule(server_round)
+        if quorum_s is not None and not late:
+            self.pace.learn(quorum_s)
         replies += late
         answers = dict(sorted(answers.items()))
         failures = {site: failure for site, failure in failures.items() if site not in answers}
-        names = self.template if self.trained is None else self.trained(server_round)
+        names = self.names_in(server_round)
         expected = {name: value for name, value in self.template.items() if name in names}
         before, norms = unpack(self.round_arrays, self.layout), dict[str, float]()
         for site, answer in list(answers.items()):
             try:
                 update = read_update(answer, expected, self.stage, f"site {site}")
-                if site in self.late and (round_number := since.get(site)) is not None:
-                    update = self.rebase(answer, update, round_number)
+                if site in since:
+                    update = self.rebase(answer, update, since[site])
                 norms[site] = update_norm(update, before)
                 if guarantee := read_privacy(answer.config_records["config"], f"site {site}"):
                     self.privacy[site] = guarantee
@@ -468,8 +497,8 @@ class SiteRounds(FedAvg):
             failures[site] = ("exchange", text)
             del answers[site]
         self.check_quorum(server_round, len(answers), failures)
-        self.holders.update(node for node, site in self.nodes.items() if site in answers and site not in self.late)
-        owed = {debt.round_number for debt in self.sites.grid.debts.values()}
+        self.holders.update(node for node, site in self.nodes.items() if site in answers and site not in since)
+        owed = {debt.round_number for debt in self.sites.grid.debts.values() if debt.stage == self.saved_as}
         self.bases = {number: arrays for number, arrays in self.bases.items() if number in owed}
         site_of = {node: site for node, site in self.nodes.items() if site in answers}
         accepted = sorted(
@@ -492,8 +521,10 @@ class SiteRounds(FedAvg):
         save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
         validation = self.validate(server_round, arrays) if self.patience is not None else None
         metrics_of = {site: answer.metric_records["metrics"] for site, answer in answers.items()}
-        self.tell(server_round, metrics_of, failures, validation)
+        before_round = set(self.excluded)
         self.exclude(server_round, failures)
+        excluded = {site: text for site, text in self.excluded.items() if site not in before_round}
+        self.tell(server_round, metrics_of, failures, validation, excluded)
         if validation is not None and self.best is not None and server_round - self.best[1] >= cast(int, self.patience):
             log.info("%s: no smaller validation loss since round %d, whose weights are taken", self.stage, self.best[1])
             raise StopEarly
@@ -535,6 +566,7 @@ class SiteRounds(FedAvg):
         metrics: Mapping[str, MetricRecord],
         failures: Mapping[str, tuple[str, str]],
         validation: float | None = None,
+        excluded: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Append the round to ``rounds.jsonl`` and log one line."""
         now = time.monotonic()
@@ -569,6 +601,8 @@ class SiteRounds(FedAvg):
             line["validation_loss"] = validation
         if failures:
             line["failures"] = {site: text for site, (_, text) in failures.items()}
+        if excluded:
+            line["excluded"] = dict(excluded)
         with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         left = (now - self.started) / round_number * (self.num_rounds - round_number)
