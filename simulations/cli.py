@@ -1,4 +1,4 @@
-"""Commands of one machine: `isocenter run`, `isocenter compare`, `isocenter phantom`."""
+"""Commands of one machine: `isocenter run`, `isocenter resume`, `isocenter compare`, `isocenter phantom`."""
 
 import json
 import shlex
@@ -15,6 +15,7 @@ APP = Path(__file__).parents[1]
 def register(app: typer.Typer) -> None:
     """Add the commands to the console script."""
     app.command()(run)
+    app.command()(resume)
     app.command()(compare)
     app.command()(phantom)
 
@@ -32,11 +33,50 @@ def run(
     typer.echo(f"open {folder / 'report.html'}")
 
 
+def resume(
+    run: Annotated[str, typer.Argument(help="A simulation's folder, or its name: then in runs/.", show_default=False)],
+    overrides: Overrides = None,
+    deadline_minutes: Annotated[float, typer.Option(help="Stop the run after this long, whatever it waits for.")] = 720,
+) -> None:
+    """Go on with a simulation that was stopped, after its last finished round.
+
+    It ends with the weights of one that was never stopped, to the last bit, unless it draws noise for privacy. Configuration and
+    code must be those it was started with; OVERRIDES may change how long the server waits, such as strategy.round_timeout_s=7200.
+    The exit code is 0 only when the run finished and its report was written.
+    """
+    folder = resume_run(Path(run), overrides or [], deadline_minutes)
+    typer.echo(f"open {folder / 'report.html'}")
+
+
+def resume_run(run: Path, overrides: list[str], deadline_minutes: float) -> Path:
+    """Go on with the simulation in a folder, or of that name in runs/; its folder. Exit 1 with the reason when it fails."""
+    from core.run_file import RUN_FILE, read_run
+
+    folder = (run if (run / RUN_FILE).is_file() or len(run.parts) > 1 else Path("runs") / run).resolve()
+    try:
+        given = shlex.split(read_run(folder).overrides)
+    except ValueError as error:
+        fail(str(error))
+    config = checked([*given, *overrides, "resume=true"])
+    if config.data.root is None:
+        fail(
+            f"run {folder.name}: it must be a simulation, whose overrides tell data.{config.data.PLACES[0]}, they do not. Go on "
+            "with it as it was started, with resume=true."
+        )
+    # The folder may have been moved since.
+    return simulate_in(folder, [*given, *overrides, *placed(folder), "resume=true"], deadline_minutes)
+
+
+def placed(folder: Path) -> list[str]:
+    """The overrides that make a folder the run's."""
+    from core.config import quoted
+
+    return [f"output={quoted(str(folder.parent))}", f"name={folder.name}"]
+
+
 def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     """Run one simulation with progress on the screen and return its folder; exit 1 with the reason when it fails."""
     from core.config import quoted
-    from core.data.site import default_cache_root
-    from simulations.launch import choose_resources, simulate
 
     config = checked(overrides)
     if not (APP / "pyproject.toml").is_file():
@@ -48,24 +88,31 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
             fail(f"run: data.{config.data.PLACES[0]} must name a file, got null.")
         places["root"] = Path("data/phantom").resolve()
         write_phantom(places["root"], seed=0, scale=1.0)
+    # Quoted twice: for Hydra, whose values know = and spaces, and for the shell-like split of the whole line.
+    here = [f"data.{key}={quoted(str(path))}" for key, path in places.items()]
+    folder = output / free_name(output, config.name)
+    return simulate_in(folder, [*overrides, *here, *placed(folder)], deadline_minutes)
+
+
+def simulate_in(folder: Path, overrides: list[str], deadline_minutes: float) -> Path:
+    """Run the simulation of these overrides, whose folder it is, or go on with it; exit 1 with the reason when it fails."""
+    from core.data.site import default_cache_root
+    from simulations.launch import choose_resources, simulate
+
+    config = checked(overrides)
     try:
-        source = config.data.source(default_cache_root(), config.data.places | places)
+        source = config.data.source(default_cache_root(), config.data.places)
         num_sites = len(source.sites())
         decode_first(source)
     except ValueError as error:
         fail(str(error))
-    name = free_name(output, config.name)
-    folder = output / name
-    folder.mkdir(parents=True)
-    log_path = folder / "flower.log"
-    # Quoted twice: for Hydra, whose values know = and spaces, and for the shell-like split of the whole line.
-    placed = [f"data.{key}={quoted(str(path))}" for key, path in places.items()]
-    placed += [f"output={quoted(str(output))}", f"name={name}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / free_name(folder, "flower.log")
     typer.echo(f"starting {num_sites} virtual sites; everything Flower says goes to {log_path}")
     clients_at_once, gpus_per_client = choose_resources(num_sites)
     outcome = simulate(
         APP,
-        overrides=shlex.join([*overrides, *placed]),
+        overrides=shlex.join(overrides),
         num_sites=num_sites,
         log_path=log_path,
         deadline_s=deadline_minutes * 60,
@@ -74,13 +121,14 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
         on_line=typer.echo,
     )
     if not outcome.ok or not (folder / "report.html").is_file():
-        fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}")
+        again = f"; `isocenter resume {folder}` goes on with it" if (folder / "rounds.jsonl").is_file() else ""
+        fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}{again}")
     typer.echo(f"finished in {outcome.seconds:.0f} s")
     return folder
 
 
 def free_name(output: Path, name: str) -> str:
-    """The run's name, with a number behind it when an earlier run has it."""
+    """A name in a folder, with a number behind it when it is taken there."""
     taken = {path.name for path in output.iterdir()} if output.is_dir() else set()
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
 
