@@ -21,7 +21,7 @@ from core.evaluation.predictions import Predictions
 from core.evaluation.reading import ROLES
 from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack
 from core.finetuning import prediction_notes, privacy_notes, trained_names
-from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, split_constants
+from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, ordered_constants, split_constants
 from core.moments import Reference
 from core.privacy import DpSgd
 from core.report import write_report
@@ -114,7 +114,7 @@ def carry_out_in(folder: Path, grid: Grid, config: RunConfig, start: Start | Non
         if kept is None:
             begin_notes = prepare_inputs(sites, pretraining, num_inputs, config, start)
         else:
-            sites.set_constants(pretraining, split_constants(kept)[1])
+            sites.set_constants(pretraining, ordered_constants(kept))
         sites.tell_constants(evaluated)
     results.notes += begin_notes if begun is None else begun.notes
     model = build_pretrainer(

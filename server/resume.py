@@ -245,18 +245,34 @@ def _named(lines: list[Line]) -> str:
 
 
 def read_lines(folder: Path) -> list[Line]:
-    """The finished rounds, up to a line that is torn."""
+    """The finished rounds; a last line that is torn is of none.
+
+    Raises:
+        RunError: another line is damaged.
+    """
     path = folder / LINES
+    texts = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     lines: list[Line] = []
-    for text in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not text.endswith(b"\n") or not isinstance(line, dict):
-            break
-        lines.append(line)
+    for number, text in enumerate(texts, 1):
+        line = _read_line(text)
+        if line is not None:
+            lines.append(line)
+        elif number < len(texts):
+            raise RunError(
+                f"run {folder.name}, {LINES}: line {number} must be of a finished round, it is damaged. Put back a copy of the "
+                "run's folder, or start another run."
+            )
     return lines
+
+
+def _read_line(text: bytes) -> Line | None:
+    """A finished round; None for what is no whole line of one."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    whole = text.endswith(b"\n") and isinstance(line, dict) and isinstance(line.get("stage"), str)
+    return line if whole and type(line.get("round")) is int else None
 
 
 def digest(path: Path) -> str:
@@ -283,8 +299,12 @@ def keep_round(folder: Path, checkpoint: Checkpoint, state: StageState, line: Ma
         write_atomically(_state_path(folder, stage, number), data)
         sums = {"checkpoint": digest(weights), "state": hashlib.sha256(data).hexdigest()}
         append_line(folder / LINES, json.dumps({**line, "sha256": sums}))
-    keep_last(folder / CHECKPOINTS, stage, keep)
-    keep_last(folder / STATES, stage, keep)
+    _keep_last(folder, stage, keep)
+
+
+def _keep_last(folder: Path, stage: str, keep: int) -> None:
+    for part in (CHECKPOINTS, STATES):
+        keep_last(folder / part, stage, keep)
 
 
 def _checkpoint_path(folder: Path, stage: str, number: int) -> Path:
@@ -306,10 +326,17 @@ def best_round(lines: list[Line]) -> tuple[float, int] | None:
     return min(told, default=None)
 
 
-def last_round(folder: Path, stage: str, num_rounds: int, patience: int | None) -> Resumed | None:
+def last_round(folder: Path, stage: str, num_rounds: int, patience: int | None, keep: int) -> Resumed | None:
     """A stage after the newest round whose files are as its line tells; None where it has no finished round.
 
     Rounds after that one are to be done again: their lines, and those of what came of them, are cut off.
+
+    Args:
+        folder: the run's.
+        stage: as its files are called.
+        num_rounds: that it is of.
+        patience: rounds without a smaller validation loss after which it is over; None: it is not watched.
+        keep: so many of its last files stay.
 
     Raises:
         RunError: no round's files are whole.
@@ -334,6 +361,7 @@ def last_round(folder: Path, stage: str, num_rounds: int, patience: int | None) 
             cut_back(folder, stage, number)
         state = StageState.read(path)
         told = None if state.best is None else state.best[:2]
+        _keep_last(folder, stage, keep)
         return Resumed(number, load_checkpoint(weights).state, state, told, over=over and number == last)
     raise RunError(
         f"{stage}: what was kept of a finished round must be whole, that of rounds 1 to {last} is damaged or missing. Put back a "

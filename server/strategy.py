@@ -156,8 +156,8 @@ class SiteRounds(FedAvg):
         """
         arrays, grid = pack(initial)[0], self.sites.grid
         rounds = range(1, self.num_rounds + 1)
-        kept = last_round(self.folder, self.saved_as, self.num_rounds, self.patience) if self.config.resume else None
-        if kept is not None:
+        keep = self.config.strategy.keep_checkpoints
+        if self.config.resume and (kept := last_round(self.folder, self.saved_as, self.num_rounds, self.patience, keep)):
             arrays = self.take_up(kept)
             rounds = range(kept.round_number + 1, 1 if kept.over else self.num_rounds + 1)
         try:
@@ -282,7 +282,7 @@ class SiteRounds(FedAvg):
             raise RunError(
                 f"{self.stage}, round {round_number}: at least {self.quorum} of {len(self.nodes)} sites must answer "
                 f"without a fatal error, {answers} did.{reasons(failures)}\n"
-                f"Checkpoints of finished rounds are in {self.folder.name}."
+                f"Checkpoints of finished rounds are in {self.folder.name}; `isocenter resume` goes on after them."
             )
         for site, (_, text) in failures.items():
             log.warning("round %d goes on without %s: %s", round_number, site, text)

@@ -79,6 +79,8 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     from core.config import quoted
 
     config = checked(overrides)
+    if config.resume:
+        fail("run: resume must be false, got True. Go on with a run by `isocenter resume`.")
     if not (APP / "pyproject.toml").is_file():
         fail("run: Isocenter must be installed from its checkout (pip install -e .), got a copy without pyproject.toml.")
     output = (config.output or Path("runs")).resolve()

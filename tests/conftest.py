@@ -77,7 +77,7 @@ def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.app.write_report", lambda *_: None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_site() -> Callable[..., None]:
     """The function that writes a tiny hospital."""
     return write_tiny_site
