@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -242,6 +242,30 @@ def test_a_run_that_dies_in_every_round_ends_as_one_that_never_stopped(
         assert any("clipped" in line for line in told(unbroken(options)))
 
 
+def test_the_best_round_is_kept_when_its_checkpoint_is_long_gone(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first of four rounds is the best, one checkpoint is kept, and the run dies in each round."""
+    from client.tasks import TASKS, Work, round_number
+
+    def loss_of_round(work: Work) -> RecordDict:
+        return RecordDict({"metrics": MetricRecord({"subjects": 5, "loss": (0.5, 0.75, 0.625, 0.875)[round_number(work) - 1]})})
+
+    monkeypatch.setitem(TASKS, "query.validation", loss_of_round)
+    options = (
+        "num_rounds=1 debias=none finetune.stages=[full_finetuning] finetune.num_rounds=4 finetune.patience=3 "
+        "data.target_sites=[c] strategy.keep_checkpoints=1"
+    )
+    whole = run(options)
+    assert [path.name for path in (whole / "checkpoints").glob("full*")] == ["full_finetuning-0001.safetensors"]
+    whole.rename(whole.with_name("whole"))
+    resumed = resume_after_each_round(run, options, 5, monkeypatch)
+    assert_same(resumed, whole.with_name("whole"))
+    # Over, and the best round's own file lost: its weights are in the last state.
+    (tmp_path / "runs" / "x" / "checkpoints" / "full_finetuning-0001.safetensors").unlink()
+    assert_same(run(options, "resume=true"), whole.with_name("whole"))
+
+
 @pytest.fixture
 def tables(tmp_path: Path) -> dict[int, NodeConfig]:
     """Three sites with tables of two features."""
@@ -390,6 +414,31 @@ def test_a_site_that_took_part_is_waited_for_and_without_a_quorum_needed(
     folder = run_in(tmp_path / "runs", f"{LATE} strategy.min_sites=2 resume=true {short}", named(hospitals, "a", "b"))
     assert "going on without sites that took part before: c" in capsys.readouterr().out
     assert sites_in(folder)[1:3] == ["abc", "ab"]
+
+
+def test_the_encoder_to_begin_with_may_be_gone(
+    run: Run, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = unbroken(LONG) / "checkpoints" / "pretrain-0005.safetensors"
+    start = tmp_path / "start.safetensors"
+    shutil.copy(first, start)
+    options = f"start={start} num_rounds=2 debias=none finetune=both finetune.stages=[linear_probe,from_scratch]"
+    whole = run(options)
+    whole.rename(whole.with_name("whole"))
+    killed(monkeypatch, lambda: run(options), "server.resume.append_line", 2)
+    start.unlink()
+    assert_same(run(options, "resume=true"), whole.with_name("whole"))
+
+
+def test_a_private_run_tells_that_it_was_gone_on_with(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = (
+        "start=random num_rounds=0 debias=none finetune.stages=[linear_probe] finetune.num_rounds=3 privacy=dp_sgd "
+        "privacy.target_epsilon=20 privacy.delta=0.01 finetune.class_weights=none data.target_sites=[c]"
+    )
+    killed(monkeypatch, lambda: run(options), "server.resume.append_line", 2)
+    report = (run(options, "resume=true") / "report.html").read_text()
+    assert "gone on with after a stop (times: 1), and the round that the stop cut short was trained again" in report
+    assert read_lines(tmp_path / "runs" / "x")[-1]["privacy"]["c"]["steps"] == 6
 
 
 def stopped_after(run: Run, options: str, lines: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
