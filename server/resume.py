@@ -31,7 +31,7 @@ from server.sites import Node, RunError
 
 log = logging.getLogger("isocenter")
 
-CHECKPOINTS, STATES, LINES, BEGUN, LOCK = "checkpoints", "resume", "rounds.jsonl", "resume/begun.json", ".lock"
+CHECKPOINTS, STATES, LINES, BEGUN, LOCK = "checkpoints", "resume", "rounds.jsonl", "resume/begun.json", "resume/lock"
 TAKES_PART = "takes part from now on"
 """What a round's line tells of a site that was admitted late in it."""
 UNTRAINED = "untrained"
@@ -172,7 +172,7 @@ def run_folder(config: RunConfig, overrides: str) -> Iterator[Path]:
             "`isocenter resume`."
         )
     with full_disk_told(f"run {config.name}"):
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / STATES).mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             if config.resume:
                 run = read_run(folder)

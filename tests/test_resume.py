@@ -622,7 +622,10 @@ def test_two_servers_do_not_work_in_one_folder(run: Run, monkeypatch: pytest.Mon
     from filelock import FileLock
 
     kept = stopped_after(run, LONG, 1, monkeypatch, tmp_path)
-    with FileLock(kept / ".lock"), pytest.raises(RunError, match="must be used by one server at a time, another works in it"):
+    with (
+        FileLock(kept / "resume" / "lock"),
+        pytest.raises(RunError, match="must be used by one server at a time, another works in it"),
+    ):
         run(LONG, "resume=true")
 
 
@@ -723,7 +726,7 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str], limit_s
 
 def server_of(folder: Path) -> int | None:
     """The process that holds the run's folder, which is Flower's ServerApp."""
-    inode = (folder / ".lock").stat().st_ino if (folder / ".lock").exists() else None
+    inode = (folder / "resume" / "lock").stat().st_ino if (folder / "resume" / "lock").exists() else None
     for line in Path("/proc/locks").read_text().splitlines():
         parts = line.split()
         if inode is not None and "->" not in parts and parts[5].endswith(f":{inode}"):
