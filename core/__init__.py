@@ -22,6 +22,7 @@ exchange    what crosses the wire; npy: arrays from a stranger
 keys        who may take part: authority, certificates, keys of sites and requests
 flower_env  how Flower's programs are started, asked and ended
 files       written whole or not at all
+run_file    run.json: what a run was started with, so that it can be gone on with
 faults      failures in words that may leave a site; progress: how far long work is
 checkpoint  weights on disk
 export      encoders for others: load_encoder, TorchScript, model card, MONAI bundle

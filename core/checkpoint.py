@@ -3,7 +3,7 @@
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from core import __version__
 from core.files import write_atomically as write_atomically
+
+_NAMED = re.compile(r"(.+)-(\d{4,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ def pseudonym_key(folder: Path) -> bytes:
     return bytes.fromhex(path.read_text(encoding="ascii"))
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, taken: bool = False) -> Path:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int | None, taken: bool = False) -> Path:
     """Write ``<stage>-<round>.safetensors`` and drop all but the last ``keep`` of that stage; the same bytes for the same run.
 
-    With ``taken`` it is the round that the stage comes to, and those of every other round are dropped.
+    With ``keep`` None nothing is dropped yet. With ``taken`` it is the round that the stage comes to, and those of every other
+    round are dropped.
     """
     about = {
         "format": 1,
@@ -59,11 +62,31 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, taken: b
     metadata = {"isocenter": json.dumps(about, sort_keys=True)}
     path = folder / f"{checkpoint.stage}-{checkpoint.round_number:04d}.safetensors"
     write_atomically(path, save({name: value.contiguous() for name, value in checkpoint.state.items()}, metadata))
-    pattern = re.compile(rf"{re.escape(checkpoint.stage)}-\d{{4,}}\.safetensors")
-    kept = [p for p in sorted(folder.iterdir()) if pattern.fullmatch(p.name)]
-    for old in [p for p in kept if p != path] if taken else kept[:-keep]:
-        old.unlink()
+    if taken:
+        drop_rounds(folder, checkpoint.stage, lambda number: number == checkpoint.round_number)
+    elif keep is not None:
+        keep_last(folder, checkpoint.stage, keep)
     return path
+
+
+def rounds_of(folder: Path) -> dict[tuple[str, int], Path]:
+    """The files ``<stage>-<round>.safetensors`` of a folder by stage and round, in the order of the rounds."""
+    named = ((path, _NAMED.fullmatch(path.name)) for path in (folder.iterdir() if folder.is_dir() else ()))
+    found = {(match[1], int(match[2])): path for path, match in named if match}
+    return dict(sorted(found.items(), key=lambda item: item[0][1]))
+
+
+def drop_rounds(folder: Path, stage: str, stays: Callable[[int], bool]) -> None:
+    """Remove a stage's files of all rounds but those that stay."""
+    for (of, number), path in rounds_of(folder).items():
+        if of == stage and not stays(number):
+            path.unlink()
+
+
+def keep_last(folder: Path, stage: str, keep: int) -> None:
+    """Remove a stage's files of all rounds but the last ``keep``."""
+    last = [number for of, number in rounds_of(folder) if of == stage][-keep:]
+    drop_rounds(folder, stage, lambda number: number in last)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -485,6 +485,7 @@ class RunConfig(Closed):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     seed: Annotated[int, Field(ge=0)]
     output: Path | None
+    resume: bool
     num_rounds: Annotated[int, Field(ge=0)]
     local_steps: Count
     batch_size: Annotated[int, Field(ge=2)]
@@ -705,9 +706,12 @@ def _at(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
-    """The configuration without the folders of this machine, ready for JSON: what checkpoints and reports carry."""
+    """The configuration without the folders of this machine, ready for JSON: what checkpoints and reports carry.
+
+    Whether the run is gone on with is no part of it: it is the same run.
+    """
     plain = config.model_dump(mode="json")
-    del plain["output"], plain["start"]
+    del plain["output"], plain["start"], plain["resume"]
     for key in config.data.PLACES:
         del plain["data"][key]
     return plain

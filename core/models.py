@@ -136,6 +136,15 @@ def split_constants(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return {name: value for name, value in state.items() if name not in constants}, constants
 
 
+def ordered_constants(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The constants of a model's weights that were read from a file, in the order that the model has them."""
+    _, found = split_constants(state)
+    if not found:
+        return {}
+    built = Standardise(found[f"{CONSTANTS}mean"].shape[-1], num_erased(found))
+    return {f"{CONSTANTS}{name}": found[f"{CONSTANTS}{name}"] for name in built.state_dict()}
+
+
 def num_erased(constants: Mapping[str, Tensor]) -> int:
     """How many directions the constants of an encoder of rows take out."""
     return len(constants.get(f"{CONSTANTS}directions", ()))

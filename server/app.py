@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -12,7 +12,7 @@ from typing import cast
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from core.checkpoint import Checkpoint, pseudonym_key, save_checkpoint, write_atomically
+from core.checkpoint import Checkpoint, load_strictly, pseudonym_key, save_checkpoint, write_atomically
 from core.config import ConfigError, RunConfig, describe, load_config
 from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
@@ -21,20 +21,31 @@ from core.evaluation.predictions import Predictions
 from core.evaluation.reading import ROLES
 from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack
 from core.finetuning import prediction_notes, privacy_notes, trained_names
-from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, split_constants
+from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, ordered_constants, split_constants
 from core.moments import Reference
 from core.privacy import DpSgd
 from core.report import write_report
 from core.report_record import RunRecord
+from core.run_file import read_run
 from core.scaling import standardisation_from, standardising
 from core.stages import STAGES, StageName
 from core.starts import Start, StartError, load_start, read_start
 from server.average import check_enough
-from server.board import Board
+from server.board import Board, tell_stopped
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
 from server.grid import NOTICE_S, PatientGrid
 from server.guard import read_about
-from server.sites import Answer, Node, RunError, Sites, reasons
+from server.resume import (
+    check_begun,
+    keep_begun,
+    read_begun,
+    read_lines,
+    run_folder,
+    sites_before,
+    traffic_before,
+    untrained_state,
+)
+from server.sites import Answer, Failures, Node, RunError, Sites, reasons
 from server.strategy import MIN_CONTRAST_SUBJECTS, NOTHING_ERASED, SiteRounds, eraser_from, read_scanners, read_sums
 
 log = logging.getLogger("isocenter")
@@ -77,15 +88,36 @@ def main(grid: Grid, context: Context) -> None:
 
 def carry_out(grid: Grid, context: Context) -> None:
     """Pretrain, fine-tune, evaluate, report."""
-    config = load_config(str(context.run_config.get("overrides", "")))
-    start = None if config.start is None else read_start(config.start, config.start_keys)
+    overrides = str(context.run_config.get("overrides", ""))
+    config = load_config(overrides)
+    start = None if config.start is None or config.resume else read_start(config.start, config.start_keys)
     if config.finetune.label_maps is not None and config.finetune.stages:
         raise RunError("finetune.label_maps: segmentation is for `isocenter finetune` alone; set it to null, or finetune=none.")
-    folder = new_run_folder(config)
+    with run_folder(config, overrides) as folder:
+        try:
+            carry_out_in(folder, grid, config, start)
+        except Exception as error:
+            tell_stopped(folder, str(error).partition("\n")[0])
+            raise
+
+
+def carry_out_in(folder: Path, grid: Grid, config: RunConfig, start: Start | None) -> None:
+    """The run in its folder; one that is gone on with does again whatever it does not keep, with the same results."""
+    begun = read_begun(folder) if config.resume else None
+    kept = None if begun is None else untrained_state(folder, begun)
+    if config.resume and kept is None and config.start is not None:
+        start = read_start(config.start, config.start_keys)
     sites = Sites(PatientGrid(grid), config.strategy.round_timeout_s, config.strategy.max_message_mb)
-    nodes = wait_for_sites(sites, config)
-    board = begin_board(folder, sites, nodes, config)
     results = Results()
+    if begun is None:
+        nodes, later = wait_for_sites(sites, config), list[Node]()
+    else:
+        connected = wait_for_sites(sites, config, sites_before(folder, begun))
+        check_begun(folder, begun, connected)
+        nodes, later = ([node for node in connected if (node.site in begun.sites) is there] for there in (True, False))
+        sites.traffic.update(traffic_before(folder))
+        results.notes += resumed_notes(folder, config)
+    board = begin_board(folder, sites, [*nodes, *later], config)
     pretraining, targets = choose_sites(nodes, config, results), choose_targets(nodes, config)
     tell_targets(targets, config, results)
     check_average(config, pretraining, targets)
@@ -93,9 +125,14 @@ def carry_out(grid: Grid, context: Context) -> None:
     evaluated = everyone if config.data.pretrain_sites is None else {**pretraining, **targets}
     num_inputs = agreed_inputs(nodes, config.data.inputs)
 
+    begin_notes: list[str] = []
     if config.data.inputs == "table":
-        prepare_inputs(sites, pretraining, num_inputs, config, results, start)
+        if kept is None:
+            begin_notes = prepare_inputs(sites, pretraining, num_inputs, config, start)
+        else:
+            sites.set_constants(pretraining, ordered_constants(kept))
         sites.tell_constants(evaluated)
+    results.notes += begin_notes if begun is None else begun.notes
     model = build_pretrainer(
         config.encoder,
         config.embedding_size,
@@ -105,13 +142,16 @@ def carry_out(grid: Grid, context: Context) -> None:
         spatial_dims=config.data.spatial_dims,
         num_erased=num_erased(sites.constants),
     )
-    if start is not None:
+    if kept is not None:
+        load_strictly(model, kept)
+    elif start is not None:
         begin_with(model.encoder, start, sites)
     untrained, _ = split_constants({name: value.clone() for name, value in model.state_dict().items()})
     about = Checkpoint(untrained | sites.constants, "untrained", 0, describe(config))
     save_checkpoint(folder / "checkpoints", about, keep=1)
+    keep_begun(folder, nodes, about.state, begin_notes, begun)
     widths = {"h": model.encoder.num_features, "z": config.embedding_size}
-    strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths, nodes)
+    strategy = SiteRounds(config, "pretrain", sites, pretraining, untrained, folder, widths, nodes, later)
     pretrained = strategy.train(untrained) if config.num_rounds else untrained
     nodes, pretraining = sorted(strategy.met, key=lambda node: node.site), strategy.nodes
     results.leave_out(strategy.excluded)
@@ -182,66 +222,88 @@ def speak() -> None:
     log.propagate = False
 
 
-def new_run_folder(config: RunConfig) -> Path:
-    """The run's folder, which must not hold an earlier run."""
-    root = config.output or Path.home() / "isocenter-runs"
-    folder = root / config.name
-    if (folder / "rounds.jsonl").exists():
-        raise RunError(f"run {config.name}: its folder must not hold an earlier run. Choose another name=... or remove it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    log.info("results go to %s", folder)
-    return folder
-
-
-def wait_for_sites(sites: Sites, config: RunConfig) -> list[Node]:
+def wait_for_sites(sites: Sites, config: RunConfig, before: Collection[str] = ()) -> list[Node]:
     """Every connected site, in the order of their names, once as many are connected as the run needs.
+
+    Args:
+        sites: correspondence with them.
+        config: the run's.
+        before: of a run that is gone on with: the sites that had taken part. All are waited for, and without a quorum needed.
 
     Raises:
         RunError: too few connected in time, a site could not open its data, or two nodes call themselves the same.
     """
     wanted = {*(config.data.pretrain_sites or ()), *config.data.unseen_sites, *(config.data.target_sites or ())}
-    needed = max(len(wanted), config.strategy.min_sites or 1)
+    needed = max(len(wanted), config.strategy.min_sites or len(before) or 1)
     deadline = time.monotonic() + config.strategy.wait_for_sites_s
     connected, told = -1, 0.0
-    while len(node_ids := sorted(sites.grid.get_node_ids())) < needed:
-        if len(node_ids) != connected or time.monotonic() - told > NOTICE_S:
-            connected, told = len(node_ids), time.monotonic()
-            called = f" ({', '.join(sorted(wanted))} are named)" if wanted else ""
-            log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, called, deadline - told)
-        if time.monotonic() > deadline:
-            raise RunError(
-                f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did. "
-                "Start the missing SuperNodes, or name fewer in data.*_sites."
-            )
+    nodes: dict[int, Node] = {}
+    while True:
+        while len(node_ids := sorted(sites.grid.get_node_ids())) < needed:
+            if len(node_ids) != connected or time.monotonic() - told > NOTICE_S:
+                connected, told = len(node_ids), time.monotonic()
+                called = f" ({', '.join(sorted(wanted))} are named)" if wanted else ""
+                log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, called, deadline - told)
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did. "
+                    "Start the missing SuperNodes, or name fewer in data.*_sites."
+                )
+            time.sleep(1)
+        nodes = {node: about for node, about in nodes.items() if node in node_ids}
+        if new := [node for node in node_ids if node not in nodes]:
+            log.info("%d sites connected; they read and check their scans", len(node_ids))
+            found, failures = describe_sites(sites, new)
+            nodes |= {node.node_id: node for node in found}
+        missing = {*before} - {node.site for node in nodes.values()}
+        few = config.strategy.min_sites is None or len(nodes) < needed
+        if failures and (missing or (few and not before)):
+            raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
+        if not missing or time.monotonic() > deadline:
+            break
+        if new:
+            log.info("waiting for the sites that took part before: %s", ", ".join(sorted(missing)))
         time.sleep(1)
-    log.info("%d sites connected; they read and check their scans", len(node_ids))
-    task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
-    registered = sites.grid.registered()
-    named = {node: registered.get(node) or f"node {node}" for node in node_ids}
-    answers, failures = sites.gather(named, "query.describe", task, read_about)
-    if failures and (config.strategy.min_sites is None or len(answers) < needed):
-        raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
     for left_out, (_, text) in failures.items():
         log.warning("the run begins without %s: %s", left_out, text)
-    nodes = [Node(node, str(answers[name]["site"]), answers[name]) for node, name in named.items() if name in answers]
-    names = [node.site for node in nodes]
-    for node in nodes:
-        if registered.get(node.node_id) not in ("", None, node.site):
-            raise RunError(
-                f"sites: a site must be called what its key was registered for, {registered[node.node_id]}, got {node.site}."
-            )
+    names = sorted(node.site for node in nodes.values())
     if len(set(names)) < len(names):
-        raise RunError(f"sites: every node must have a name of its own, got {sorted(names)}. Mend --node-config.")
-    if missing := wanted - set(names):
-        raise RunError(f"sites: {sorted(missing)} must be connected, got {sorted(names)}. Start them or mend data.*_sites.")
-    nodes = sorted(nodes, key=lambda node: node.site)
-    for node in nodes:
+        raise RunError(f"sites: every node must have a name of its own, got {names}. Mend --node-config.")
+    if absent := (wanted | (missing if config.strategy.min_sites is None else set())) - set(names):
+        raise RunError(f"sites: {sorted(absent)} must be connected, got {names}. Start them or mend data.*_sites.")
+    if missing:
+        log.warning("going on without sites that took part before: %s", ", ".join(sorted(missing)))
+    for node in (ordered := sorted(nodes.values(), key=lambda node: node.site)):
         problems = ", ".join(cast(list[str], node.about["problems"])) or "none"
         log.info(
             "%s: %s scans of %s subjects on %s scanners, computes on %s, problems: %s",
             *(node.site, *(node.about[key] for key in ("scans", "subjects", "scanners", "device")), problems),
         )
-    return nodes
+    return ordered
+
+
+def describe_sites(sites: Sites, node_ids: Collection[int]) -> tuple[list[Node], Failures]:
+    """What nodes tell about themselves, and the failures of those that could not."""
+    task = content(config=ConfigRecord({"fingerprint": fingerprint()}))
+    registered = sites.grid.registered()
+    named = {node: registered.get(node) or f"node {node}" for node in node_ids}
+    answers, failures = sites.gather(named, "query.describe", task, read_about)
+    nodes = [Node(node, str(answers[name]["site"]), answers[name]) for node, name in named.items() if name in answers]
+    for node in nodes:
+        if (name := registered.get(node.node_id)) not in ("", None, node.site):
+            raise RunError(f"sites: a site must be called what its key was registered for, {name}, got {node.site}.")
+    return nodes, failures
+
+
+def resumed_notes(folder: Path, config: RunConfig) -> list[str]:
+    """What a report must say of a run that was gone on with."""
+    if not isinstance(config.privacy, DpSgd):
+        return []
+    return [
+        f"The run was gone on with after a stop (times: {read_run(folder).resumed}), and the round that the stop cut short was "
+        "trained again. Its noise was drawn anew, and the guarantee told here counts every round once; a site's audit log counts "
+        "each time the run was gone on with in full."
+    ]
 
 
 def agreed_inputs(nodes: list[Node], kind: str) -> int:
@@ -328,13 +390,12 @@ def choose_targets(nodes: Sequence[Node], config: RunConfig) -> dict[int, str]:
     return {node.node_id: node.site for node in targets}
 
 
-def prepare_inputs(
-    sites: Sites, nodes: Mapping[int, str], num_inputs: int, config: RunConfig, results: Results, start: Start | None
-) -> None:
-    """Agree on the constants that an encoder of rows begins with, and tell them to the pretraining sites; a start has its own.
+def prepare_inputs(sites: Sites, nodes: Mapping[int, str], num_inputs: int, config: RunConfig, start: Start | None) -> list[str]:
+    """Agree on the constants that an encoder of rows begins with, and tell them to the pretraining sites; what is to be noted.
 
-    Mean and scale of every feature come from the sums of every site. Where site and scanner are erased from the inputs, the
-    sites then tell sums of the standardised features by scanner, and at last the spread of what is left of each feature.
+    A start has its own. Otherwise mean and scale of every feature come from the sums of every site. Where site and scanner are
+    erased from the inputs, the sites then tell sums of the standardised features by scanner, and at last the spread of what is
+    left of each feature.
 
     Raises:
         RunError: a site did not answer, or no site tells enough of a feature.
@@ -347,7 +408,7 @@ def prepare_inputs(
                 "Name the same columns with data.columns.features."
             )
         sites.set_constants(nodes, own)
-        return
+        return []
 
     def from_all(query: str, read: Callable[[RecordDict, str], Answer]) -> dict[str, Answer]:
         about = ConfigRecord({"fingerprint": fingerprint(), "space": "input"})
@@ -369,14 +430,14 @@ def prepare_inputs(
     reference = standardisation()
     sites.set_constants(nodes, standardising(reference))
     if "input" not in config.erased_spaces:
-        return
+        return []
     told = from_all("query.scanners", lambda answer, where: read_scanners(answer, num_inputs, where))
     eraser = eraser_from(told, reference, config, "input")
     if eraser is None:
-        results.notes.append(f"Nothing was erased from the inputs. {NOTHING_ERASED}")
-        return
+        return [f"Nothing was erased from the inputs. {NOTHING_ERASED}"]
     sites.set_constants(nodes, standardising(reference, eraser))
     sites.set_constants(nodes, standardising(reference, eraser, standardisation()))
+    return []
 
 
 def check_average(config: RunConfig, pretraining: Mapping[int, str], targets: Mapping[int, str]) -> None:
@@ -479,9 +540,7 @@ def finish(
         embeddings.save(folder / f"embeddings-{stage}.npz")
     for stage, scored in predictions.items():
         scored.write_csv(folder / f"predictions-{stage}.csv", pseudonym_key(folder), known_sites=set(targets.values()))
-    rounds_file = folder / "rounds.jsonl"
-    lines = rounds_file.read_text(encoding="utf-8").splitlines() if rounds_file.exists() else []
-    told = [json.loads(line) for line in lines]
+    told = read_lines(folder)
     results.notes += prediction_notes(config) + privacy_notes(told)
     table = [
         {

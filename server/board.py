@@ -83,6 +83,13 @@ class Board:
         return entry
 
 
+def tell_stopped(folder: Path, words: str) -> None:
+    """Keep that a run was stopped, and why, where it has begun to tell how it stands."""
+    with suppress(OSError, ValueError):
+        about = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+        write_atomically(folder / STATUS, json.dumps(about | {"state": "stopped", "words": words}, indent=1).encode())
+
+
 def describe(about: Mapping[str, Any], now: datetime) -> list[str]:
     """The lines that a person reads.
 

@@ -1,6 +1,5 @@
 """Rounds over named sites: Flower's FedAvg behind our order, checks, quorum, moment exchange and checkpoints."""
 
-import json
 import logging
 import time
 from collections import Counter
@@ -8,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ from core.moments import GroupMoments, Reference, concatenate, reference_from
 from server.average import aggregator, cap_weights, check_enough
 from server.grid import Debt, Pace, Rule, told
 from server.guard import NO_TERMS, UpdateGuard, read_about, read_count, read_update, scaled, update_norm
+from server.resume import TAKES_PART, Resumed, StageState, keep_round, last_round
 from server.sites import FORGETFUL, Answer, Failures, Node, RunError, Sites, reasons
 
 log = logging.getLogger("isocenter")
@@ -78,6 +78,7 @@ class SiteRounds(FedAvg):
         folder: where checkpoints and ``rounds.jsonl`` go.
         widths: number of features of the spaces ``h`` and ``z``, for what is exchanged about them.
         met: every site that has told about itself, in pretraining or not; who connects later may be taken in.
+        later: of a run that is gone on with: who is connected and was not at its beginning.
         own: the site whose own model it is, where each has one; part of the checkpoint's name.
         trained: names of the weights that a round trains, by its number, which is what sites send back; None: all of them.
     """
@@ -92,6 +93,7 @@ class SiteRounds(FedAvg):
         folder: Path,
         widths: Mapping[str, int] = MappingProxyType({}),
         met: Sequence[Node] = (),
+        later: Sequence[Node] = (),
         own: str | None = None,
         trained: Callable[[int], Collection[str]] | None = None,
     ) -> None:
@@ -105,6 +107,7 @@ class SiteRounds(FedAvg):
         self.widths = widths
         self.num_rounds = config.num_rounds if stage == "pretrain" else config.finetune.num_rounds
         self.met = list(met)
+        self.later = list(later)
         self.trained = trained
         self.saved_as = stage if own is None else f"{stage}-{own}"
         self.patience = None if stage == "pretrain" else config.finetune.patience
@@ -118,6 +121,8 @@ class SiteRounds(FedAvg):
         self.shares: dict[str, float] = {}
         self.privacy: dict[str, dict[str, float]] = {}
         self.refused: set[int] = set()
+        self.admitted: list[str] = []
+        self.turned_away: list[str] = []
         self.arrivals: dict[str, str] = {}
         self.layout = pack(template)[1]
         self.moments: dict[str, dict[str, GroupMoments]] = {}
@@ -132,6 +137,7 @@ class SiteRounds(FedAvg):
         self.bases: dict[int, ArrayRecord] = {}
         self.late: dict[str, str] = {}
         self.round_number = 0
+        self.rounds_before = 0
         self.round_started = self.started = time.monotonic()
 
     def task(self, round_number: int, arrays: ArrayRecord, space: str = "", **more: ArrayRecord) -> RecordDict:
@@ -147,10 +153,18 @@ class SiteRounds(FedAvg):
         return min(self.config.strategy.min_sites or len(self.nodes), len(self.nodes))
 
     def train(self, initial: State) -> State:
-        """All rounds of the stage; the weights that are taken: the last round's, or the best on validation subjects."""
+        """All rounds of the stage; the weights that are taken: the last round's, or the best on validation subjects.
+
+        Of a run that is gone on with, the rounds that are not finished.
+        """
         arrays, grid = pack(initial)[0], self.sites.grid
+        rounds = range(1, self.num_rounds + 1)
+        keep = self.config.strategy.keep_checkpoints
+        if self.config.resume and (kept := last_round(self.folder, self.saved_as, self.num_rounds, self.patience, keep)):
+            arrays = self.take_up(kept)
+            rounds = range(kept.round_number + 1, 1 if kept.over else self.num_rounds + 1)
         try:
-            for round_number in range(1, self.num_rounds + 1):
+            for round_number in rounds:
                 messages = self.configure_train(round_number, arrays, ConfigRecord(), grid.grid)
                 averaged, _ = self.aggregate_train(round_number, self.sites.post(messages))
                 assert averaged is not None
@@ -160,6 +174,54 @@ class SiteRounds(FedAvg):
         finally:
             grid.rule = Rule()
         return unpack(arrays, self.layout) if self.best is None else self.best_state()
+
+    def state_after(self, round_number: int) -> StageState:
+        """What the next round depends on, beside the weights."""
+        debias = self.config.debias
+        needed = self.stage == "pretrain" and round_number < self.num_rounds and not debias.exchanges_in_round(round_number + 1)
+        best = None
+        if self.best is not None:
+            loss, number, arrays = self.best
+            best = (loss, number, None if number == round_number else unpack(arrays, self.layout))
+        return StageState(
+            late=self.admitted,
+            refused=self.turned_away,
+            excluded=self.excluded,
+            failed_rounds=dict(self.failed_rounds),
+            guard=self.guard.state(),
+            best=best,
+            privacy=self.privacy,
+            exchange_round=self.exchange_round,
+            moments=self.moments if needed else {},
+            references=self.references if needed else {},
+            seconds=list(self.pace.seconds),
+            traffic=self.sites.traffic,
+        )
+
+    def take_up(self, kept: Resumed) -> ArrayRecord:
+        """Be as after a finished round, at the sites that are connected now; its weights."""
+        weights = {name: kept.weights[name] for name in self.template}
+        arrays, self.rounds_before = pack(weights)[0], kept.round_number
+        log.info("%s: %d of %d rounds were finished before", self.stage, kept.round_number, self.num_rounds)
+        state = kept.state
+        if state is not None:
+            self.admitted, self.turned_away, self.excluded = state.late, state.refused, state.excluded
+            back = [node for node in self.later if node.site in state.late]
+            self.met += back
+            self.refused |= {node.node_id for node in self.later if node.site in state.refused}
+            nodes = {**self.nodes, **{node.node_id: node.site for node in back}}
+            nodes = {node: site for node, site in nodes.items() if site not in state.excluded}
+            self.nodes = dict(sorted(nodes.items(), key=lambda item: item[1]))
+            self.failed_rounds = Counter(state.failed_rounds)
+            self.guard.restore(state.guard)
+            self.privacy = state.privacy
+            self.exchange_round, self.moments, self.references = state.exchange_round, state.moments, state.references
+            for seconds in state.seconds:
+                self.pace.learn(seconds)
+        if kept.best is not None:
+            other = None if kept.over or state is None or state.best is None else state.best[2]
+            self.best = (*kept.best, arrays if other is None else pack({name: other[name] for name in self.template})[0])
+        return arrays
 
     def wait_for_quorum(self, round_number: int) -> None:
         """Wait for as many sites to be connected as a round needs.
@@ -207,9 +269,12 @@ class SiteRounds(FedAvg):
             if reason is None:
                 self.met.append(node)
                 self.sites.grid.names[node.node_id] = node.site
+                self.admitted.append(node.site)
                 self.nodes = dict(sorted({**self.nodes, node.node_id: node.site}.items(), key=lambda item: item[1]))
+            elif all(node.site != other.site for other in self.met):
+                self.turned_away.append(node.site)
             self.arrivals[node.site if reason is None else new[node.node_id]] = (
-                "takes part from now on" if reason is None else f"not taken in: {reason}"
+                TAKES_PART if reason is None else f"not taken in: {reason}"
             )
         self.refused |= set(new) - {node.node_id for node in self.met}
         for name, text in self.arrivals.items():
@@ -222,7 +287,7 @@ class SiteRounds(FedAvg):
             raise RunError(
                 f"{self.stage}, round {round_number}: at least {self.quorum} of {len(self.nodes)} sites must answer "
                 f"without a fatal error, {answers} did.{reasons(failures)}\n"
-                f"Checkpoints of finished rounds are in {self.folder.name}."
+                f"Checkpoints of finished rounds are in {self.folder.name}; `isocenter resume` goes on after them."
             )
         for site, (_, text) in failures.items():
             log.warning("round %d goes on without %s: %s", round_number, site, text)
@@ -517,14 +582,16 @@ class SiteRounds(FedAvg):
         # What no site trained is what it was, bit for bit.
         state = before | unpack(restore_dtypes(averaged, sent), pack(expected)[1])
         arrays, _ = pack(state)
-        checkpoint = Checkpoint(state | self.sites.constants, self.saved_as, server_round, describe(self.config))
-        save_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.config.strategy.keep_checkpoints)
         validation = self.validate(server_round, arrays) if self.patience is not None else None
         metrics_of = {site: answer.metric_records["metrics"] for site, answer in answers.items()}
         before_round = set(self.excluded)
         self.exclude(server_round, failures)
-        excluded = {site: text for site, text in self.excluded.items() if site not in before_round}
-        self.tell(server_round, metrics_of, failures, validation, excluded)
+        line = self.line(server_round, metrics_of, failures, validation)
+        if excluded := {site: text for site, text in self.excluded.items() if site not in before_round}:
+            line["excluded"] = excluded
+        checkpoint = Checkpoint(state | self.sites.constants, self.saved_as, server_round, describe(self.config))
+        keep_round(self.folder, checkpoint, self.state_after(server_round), line, self.config.strategy.keep_checkpoints)
+        self.tell(line)
         if validation is not None and self.best is not None and server_round - self.best[1] >= cast(int, self.patience):
             log.info("%s: no smaller validation loss since round %d, whose weights are taken", self.stage, self.best[1])
             raise StopEarly
@@ -560,20 +627,18 @@ class SiteRounds(FedAvg):
         save_checkpoint(self.folder / "checkpoints", checkpoint, keep=1, taken=True)
         return state
 
-    def tell(
+    def line(
         self,
         round_number: int,
         metrics: Mapping[str, MetricRecord],
         failures: Mapping[str, tuple[str, str]],
         validation: float | None = None,
-        excluded: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        """Append the round to ``rounds.jsonl`` and log one line."""
-        now = time.monotonic()
-        seconds = now - self.round_started
+    ) -> dict[str, Any]:
+        """What ``rounds.jsonl`` tells of the round."""
+        seconds = time.monotonic() - self.round_started
         values = {site: {name: cast(float, v) for name, v in m.items() if name not in NO_TERMS} for site, m in metrics.items()}
         shares = [min(1.0, cast(float, m["waited-seconds"]) / max(cast(float, m["seconds"]), 1e-9)) for m in metrics.values()]
-        line: dict[str, object] = {
+        line: dict[str, Any] = {
             "stage": self.saved_as,
             "round": round_number,
             "seconds": round(seconds, 3),
@@ -590,7 +655,6 @@ class SiteRounds(FedAvg):
         planned = self.config.local_steps if self.stage == "pretrain" else self.config.finetune.local_steps
         if early := {site: int(cast(int, m["steps"])) for site, m in metrics.items() if cast(int, m["steps"]) < planned}:
             line["ended_early"] = early
-            log.info("round %d: ended early, at the deadline: %s", round_number, steps_of(early, planned))
         if self.clipped:
             line["clipped"] = {site: round(factor, 4) for site, factor in self.clipped.items()}
         if self.shares:
@@ -601,12 +665,17 @@ class SiteRounds(FedAvg):
             line["validation_loss"] = validation
         if failures:
             line["failures"] = {site: text for site, (_, text) in failures.items()}
-        if excluded:
-            line["excluded"] = dict(excluded)
-        with (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        left = (now - self.started) / round_number * (self.num_rounds - round_number)
-        losses = "  ".join(f"{site} {value['loss']:.3f}" for site, value in values.items() if "loss" in value) or "private"
+        return line
+
+    def tell(self, line: Mapping[str, Any]) -> None:
+        """Log a round in one line, and a second where sites ended early."""
+        round_number, validation = line["round"], line.get("validation_loss")
+        if early := line.get("ended_early"):
+            planned = self.config.local_steps if self.stage == "pretrain" else self.config.finetune.local_steps
+            log.info("round %d: ended early, at the deadline: %s", round_number, steps_of(early, planned))
+        done = round_number - self.rounds_before
+        left = (time.monotonic() - self.started) / done * (self.num_rounds - round_number)
+        losses = "  ".join(f"{site} {value['loss']:.3f}" for site, value in line["sites"].items() if "loss" in value) or "private"
         log.info(
             "%s  round %d/%d  loss  %s%s  %.1f s, steps waited %.1f %% for data, %s left",
             self.stage,
@@ -614,8 +683,8 @@ class SiteRounds(FedAvg):
             self.num_rounds,
             losses,
             "" if validation is None else f"  validation {validation:.3f}",
-            seconds,
-            100 * max(shares, default=0.0),
+            line["seconds"],
+            100 * max(line["waited_share"].values(), default=0.0),
             f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s",
         )
 

@@ -1,13 +1,16 @@
-"""Commands of one machine: `isocenter run`, `isocenter compare`, `isocenter phantom`."""
+"""Commands of one machine: `isocenter run`, `isocenter resume`, `isocenter compare`, `isocenter phantom`."""
 
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from core.cli import Overrides, checked, decode_first
+
+if TYPE_CHECKING:
+    from simulations.launch import Outcome
 
 APP = Path(__file__).parents[1]
 
@@ -15,6 +18,7 @@ APP = Path(__file__).parents[1]
 def register(app: typer.Typer) -> None:
     """Add the commands to the console script."""
     app.command()(run)
+    app.command()(resume)
     app.command()(compare)
     app.command()(phantom)
 
@@ -37,47 +41,106 @@ def run(
 
 def run_at(server: Path, overrides: list[str], deadline_minutes: float) -> Path:
     """Run at the sites of a consortium with progress on the screen, from its server's kit; exit 1 with the reason on failure."""
-    from core.config import quoted
+    from server.superlink import open_kit
+
+    config = checked(overrides)
+    if config.resume:
+        fail("run: resume must be false, got True. Go on with a run by `isocenter resume`.")
+    try:
+        output = (config.output or open_kit(server).state / "runs").resolve()
+    except ValueError as error:
+        fail(str(error))
+    folder = output / free_name(output, config.name)
+    return submit_in(folder, server, [*overrides, *placed(folder)], deadline_minutes)
+
+
+def submit_in(folder: Path, server: Path, overrides: list[str], deadline_minutes: float) -> Path:
+    """Run these overrides at the sites of a consortium, in a folder at the server; exit 1 with the reason when it fails."""
     from server.superlink import open_kit
     from simulations.launch import open_log, submit
     from simulations.workplace import Workplace
 
-    config = checked(overrides)
-    try:
-        kit = open_kit(server)
-        if not kit.service.is_running():
-            fail(f"run: the server must run, got none. Start it with `isocenter server start {server}`.")
-    except ValueError as error:
-        fail(str(error))
-    output = (config.output or kit.state / "runs").resolve()
-    name = free_name(output, config.name)
-    folder = output / name
-    folder.mkdir(parents=True)
-    log_path = folder / "flower.log"
-    placed = [f"output={quoted(str(output))}", f"name={name}"]
-    typer.echo(f"run {name} at the sites of {kit.about.consortium}; everything Flower says goes to {log_path}")
+    kit = open_kit(server)
+    if not kit.service.is_running():
+        fail(f"run: the server must run, got none. Start it with `isocenter server start {server}`.")
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / free_name(folder, "flower.log")
+    typer.echo(f"run {folder.name} at the sites of {kit.about.consortium}; everything Flower says goes to {log_path}")
     with open_log(log_path) as log:
         outcome = submit(
             Workplace(kit.state, kit.environment()),
             APP,
-            overrides=shlex.join([*overrides, *placed]),
+            overrides=shlex.join(overrides),
             log=log,
             deadline_s=deadline_minutes * 60,
             on_line=typer.echo,
         )
+    return ended_well(folder, outcome, log_path, f" --at {server}")
+
+
+def ended_well(folder: Path, outcome: "Outcome", log_path: Path, options: str = "") -> Path:
+    """The folder of a run that finished and wrote its report; exit 1 with the reason where it did not."""
     if not outcome.ok or not (folder / "report.html").is_file():
-        fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}")
+        again = f"; `isocenter resume {folder}{options}` goes on with it" if (folder / "rounds.jsonl").is_file() else ""
+        fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}{again}")
     typer.echo(f"finished in {outcome.seconds:.0f} s")
     return folder
+
+
+def resume(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name: then in runs/, or at the server.", show_default=False)],
+    overrides: Overrides = None,
+    deadline_minutes: Annotated[float, typer.Option(help="Stop the run after this long, whatever it waits for.")] = 720,
+    at: Annotated[Path | None, typer.Option(help="The server's kit that it ran at.", show_default="a simulation")] = None,
+) -> None:
+    """Go on with a run that was stopped, after its last finished round.
+
+    It ends with the weights of one that was never stopped, to the last bit, unless it draws noise for privacy. Configuration and
+    code must be those it was started with; OVERRIDES may change how long the server waits, such as strategy.round_timeout_s=7200.
+    The exit code is 0 only when the run finished and its report was written.
+    """
+    folder = resume_run(Path(run), overrides or [], deadline_minutes, at)
+    typer.echo(f"open {folder / 'report.html'}")
+
+
+def resume_run(run: Path, overrides: list[str], deadline_minutes: float, at: Path | None = None) -> Path:
+    """Go on with the run in a folder, or of that name; its folder. Exit 1 with the reason when it fails."""
+    from core.run_file import RUN_FILE, read_run
+    from server.superlink import open_kit
+
+    try:
+        runs = Path("runs") if at is None else open_kit(at).state / "runs"
+        folder = (run if (run / RUN_FILE).is_file() or len(run.parts) > 1 else runs / run).resolve()
+        given = shlex.split(read_run(folder).overrides)
+    except ValueError as error:
+        fail(str(error))
+    # The folder may have been moved since.
+    again = [*given, *overrides, *placed(folder), "resume=true"]
+    config = checked(again)
+    if at is not None:
+        return submit_in(folder, at, again, deadline_minutes)
+    if config.data.root is None:
+        fail(
+            f"run {folder.name}: it must be a simulation, whose overrides tell data.{config.data.PLACES[0]}, they do not. Give "
+            "the server's kit that it ran at: --at KIT."
+        )
+    return simulate_in(folder, again, deadline_minutes)
+
+
+def placed(folder: Path) -> list[str]:
+    """The overrides that make a folder the run's."""
+    from core.config import quoted
+
+    return [f"output={quoted(str(folder.parent))}", f"name={folder.name}"]
 
 
 def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     """Run one simulation with progress on the screen and return its folder; exit 1 with the reason when it fails."""
     from core.config import quoted
-    from core.data.site import default_cache_root
-    from simulations.launch import choose_resources, simulate
 
     config = checked(overrides)
+    if config.resume:
+        fail("run: resume must be false, got True. Go on with a run by `isocenter resume`.")
     if not (APP / "pyproject.toml").is_file():
         fail("run: Isocenter must be installed from its checkout (pip install -e .), got a copy without pyproject.toml.")
     output = (config.output or Path("runs")).resolve()
@@ -87,24 +150,31 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
             fail(f"run: data.{config.data.PLACES[0]} must name a file, got null.")
         places["root"] = Path("data/phantom").resolve()
         write_phantom(places["root"], seed=0, scale=1.0)
+    # Quoted twice: for Hydra, whose values know = and spaces, and for the shell-like split of the whole line.
+    here = [f"data.{key}={quoted(str(path))}" for key, path in places.items()]
+    folder = output / free_name(output, config.name)
+    return simulate_in(folder, [*overrides, *here, *placed(folder)], deadline_minutes)
+
+
+def simulate_in(folder: Path, overrides: list[str], deadline_minutes: float) -> Path:
+    """Run the simulation of these overrides, whose folder it is, or go on with it; exit 1 with the reason when it fails."""
+    from core.data.site import default_cache_root
+    from simulations.launch import choose_resources, simulate
+
+    config = checked(overrides)
     try:
-        source = config.data.source(default_cache_root(), config.data.places | places)
+        source = config.data.source(default_cache_root(), config.data.places)
         num_sites = len(source.sites())
         decode_first(source)
     except ValueError as error:
         fail(str(error))
-    name = free_name(output, config.name)
-    folder = output / name
-    folder.mkdir(parents=True)
-    log_path = folder / "flower.log"
-    # Quoted twice: for Hydra, whose values know = and spaces, and for the shell-like split of the whole line.
-    placed = [f"data.{key}={quoted(str(path))}" for key, path in places.items()]
-    placed += [f"output={quoted(str(output))}", f"name={name}"]
+    folder.mkdir(parents=True, exist_ok=True)
+    log_path = folder / free_name(folder, "flower.log")
     typer.echo(f"starting {num_sites} virtual sites; everything Flower says goes to {log_path}")
     clients_at_once, gpus_per_client = choose_resources(num_sites)
     outcome = simulate(
         APP,
-        overrides=shlex.join([*overrides, *placed]),
+        overrides=shlex.join(overrides),
         num_sites=num_sites,
         log_path=log_path,
         deadline_s=deadline_minutes * 60,
@@ -112,14 +182,11 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
         gpus_per_client=gpus_per_client,
         on_line=typer.echo,
     )
-    if not outcome.ok or not (folder / "report.html").is_file():
-        fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}")
-    typer.echo(f"finished in {outcome.seconds:.0f} s")
-    return folder
+    return ended_well(folder, outcome, log_path)
 
 
 def free_name(output: Path, name: str) -> str:
-    """The run's name, with a number behind it when an earlier run has it."""
+    """A name in a folder, with a number behind it when it is taken there."""
     taken = {path.name for path in output.iterdir()} if output.is_dir() else set()
     return next(n for n in (name, *(f"{name}-{i}" for i in range(2, 10_000))) if n not in taken)
 
