@@ -30,6 +30,7 @@ LONGEST_LOG = 20 << 20
 PAUSE_S = 10.0  # between two starts of a SuperNode that ended
 FORGET_S = 75.0  # for so long after a kill a server takes the node for connected and refuses it
 GRACE_S = 10.0
+ATTEMPTS = 3  # to reach the server before it is told that it does not answer
 POLL_S = "0.1"
 READY = "runs, and is"
 Say = Callable[[str], None]
@@ -100,6 +101,8 @@ def open_kit(folder: Path) -> Kit:
         ) from None
     except ValidationError:
         raise ValueError("site: kit.json must be what `isocenter provision` wrote, got something else.") from None
+    if odd := sorted(set('"\\\n') & set(str(folder))):
+        raise ValueError(f"site: the kit's folder must have no quotation mark, backslash or line break, got {odd}. Rename it.")
     if digest != about.ca_sha256:
         raise ValueError("site: ca.crt must be the one that kit.json names, got another. Ask the coordinator for the kit again.")
     return Kit(folder, about)
@@ -122,6 +125,7 @@ class Watch:
     last_connected: float = -FORGET_S
     refused_since: float | None = None
     reason: str = ""
+    attempts: int = 0
     told: str = field(default="")
 
     def line(self, text: str) -> None:
@@ -143,13 +147,16 @@ class Watch:
                     f"{server} does not know this site's key, or it was revoked: {self.key}; the coordinator can tell which"
                 )
         elif "Connection attempt failed" in text and not self.connected:
-            self.tell("connecting", f"{READY} looking for {server}, which does not answer; it goes on trying")
+            # Flower's SuperExec says the same once while the SuperNode itself starts.
+            self.attempts += 1
+            if self.attempts >= ATTEMPTS:
+                self.tell("connecting", f"{READY} looking for {server}, which does not answer; it goes on trying")
 
     def ended(self, code: int) -> None:
         """Take in that the SuperNode ended."""
         if self.connected:
             self.last_connected = time.monotonic()
-        self.connected = False
+        self.connected, self.attempts = False, 0
         reason, self.reason = self.reason or f"its SuperNode ended with exit code {code}", ""
         self.tell("refused", f"is not connected: {reason}; it tries again in {PAUSE_S:.0f} s")
 

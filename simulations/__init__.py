@@ -2,10 +2,10 @@
 
 cohort           phantom hospitals
 launch           `flwr run`, truthfully
-loopback         a deployment on one machine
+consortium       a deployment on one machine, from kits; deploy_demo: all of it shown
 in_process       a federation inside one process
 cli              isocenter run, compare, phantom
-speed            our losses beside what one would write or install
+speed            our losses beside what one would write or install; speed_deployment: rounds beside NVFlare's, through relay
 coloured_digits  FairKL where colour gives digits away
 age_maps         representations by age, objective by objective
 methods          other people's federated training, in our loop

@@ -1,7 +1,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,8 +14,7 @@ from core import flower_env
 from core.flower_env import processes
 from simulations import workplace as workplace_module
 from simulations.launch import Outcome, choose_resources, gpu_share, progress_line, simulate, submit
-from simulations.loopback import loopback_federation, make_key, node_config_text
-from simulations.workplace import StartError, start, workplace
+from simulations.workplace import start, workplace
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -210,12 +208,6 @@ def test_resources_are_one_site_a_core():
     assert choose_resources(cores + 5)[0] == cores
 
 
-def test_node_config_values_that_flower_would_misread_are_refused():
-    assert node_config_text({"site": "north", "share": 0.5, "gpu": True}) == 'site="north" share=0.5 gpu=true'
-    with pytest.raises(ValueError, match="node_config: data-root must be without quotation mark"):
-        node_config_text({"data-root": 'a"b'})
-
-
 # A real Flower app in the packages that ours uses too, so that its code and not the installed one must be found.
 TOY = {
     "pyproject.toml": """
@@ -371,27 +363,3 @@ def test_ending_the_launcher_ends_flower_and_ray(toy: Path):
         assert launcher.wait() == 128 + signal.SIGTERM
     assert processes(home) == []
     assert not home.exists()
-
-
-@pytest.mark.slow
-def test_separate_sites_answer_with_what_only_they_know_and_strangers_are_refused(toy: Path, tmp_path: Path):
-    sites = {"north": {"data-root": "/data/north wing", "device": "cpu"}, "south": {"data-root": "/data/south", "share": 0.5}}
-    lines: list[str] = []
-    with loopback_federation(tmp_path / "federation", sites, start_s=300) as federation:
-        stranger = federation.join("stranger", make_key(tmp_path / "stranger"), {})
-        assert stranger.process.wait() != 0
-        assert "Failed to activate SuperNode" in stranger.log()
-        with pytest.raises(StartError, match="stranger ended with exit code"):
-            stranger.check_alive()
-        outcome = federation.run(toy, "lr=2", log_path=tmp_path / "run.log", deadline_s=600, on_line=lines.append)
-    assert outcome.ok, outcome
-    answers = sorted(line for line in lines if line.startswith("answer"))
-    assert len(answers) == 2
-    for site, node_config in sites.items():
-        [answer] = [answer for answer in answers if f"'site': '{site}'" in answer]
-        assert all(f"{name!r}: {value!r}" in answer for name, value in node_config.items())
-        assert "'asked': 'lr=2'" in answer
-    assert not federation.place.folder.exists()
-    assert processes(federation.place.folder) == []
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", federation.port)).close()
