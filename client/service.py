@@ -23,7 +23,7 @@ from core.faults import SiteError
 from core.files import write_atomically
 from core.flower_env import end_processes, environment, free_port, plain
 from core.keys import fingerprint, read_site_key
-from core.service import Service, stopped_by_signals
+from core.service import Service, leave_running, stopped_by_signals
 
 CONNECTION = "connection.json"
 LONGEST_LOG = 20 << 20
@@ -249,6 +249,7 @@ def start_in_background(kit: Kit, wait_s: float = 60.0) -> str:
         before = log.tell()
         command = [sys.executable, "-P", "-c", "from client.cli import site; site()", "start", str(kit.folder)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    leave_running(process)
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
         lines = [line for line in log_path.read_bytes()[before:].decode(errors="replace").splitlines() if line.strip()]

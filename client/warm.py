@@ -26,6 +26,7 @@ from flwr.app import RecordDict
 from client.jobs import Job, receive, send
 from client.state import private_folder, state_folder
 from core.faults import SiteError
+from core.service import leave_running
 
 ROOT = Path(__file__).parents[1]
 SOCKET, LOCK, ALIVE, STOPPED, LOG = "socket", "lock", "alive", "stopped", "worker.log"
@@ -37,7 +38,6 @@ PATIENCE_S = 3600.0  # without progress, a worker is taken for hung
 LONGEST_LOG = 20 << 20
 
 log = logging.getLogger("isocenter")
-_started: list[subprocess.Popen[bytes]] = []
 
 
 class WorkerLostError(Exception):
@@ -259,8 +259,7 @@ def start(folder: Path) -> Worker:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    # It is to outlive us: forgotten, Python would warn that it still runs.
-    _started[:] = [other for other in _started if other.poll() is None] + [process]
+    leave_running(process)
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
         worker = connect(folder)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,15 @@ class Service:
     def _lock(self) -> FileLock:
         self.state.mkdir(mode=0o700, exist_ok=True)
         return FileLock(self.state / f"{self.name}.lock", mode=0o600)
+
+
+_background: list[subprocess.Popen[bytes]] = []
+
+
+def leave_running(process: subprocess.Popen[bytes]) -> None:
+    """Let a process outlive this one; those that have ended meanwhile are forgotten."""
+    # Forgotten while it runs, Python would warn.
+    _background[:] = [other for other in _background if other.poll() is None] + [process]
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from core.flower_env import (
     write_connection,
 )
 from core.keys import fingerprint, public_line, read_public_line
-from core.service import Service, stopped_by_signals
+from core.service import Service, leave_running, stopped_by_signals
 from server.consortium import Address
 
 READY_S = 120.0
@@ -208,6 +208,7 @@ def start_in_background(kit: Kit, options: list[str]) -> None:
         # -P: a folder called server, such as a kit, must not be taken for the package.
         command = [sys.executable, "-P", "-c", "from server.cli import server; server()", "start", str(kit.folder), *options]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    leave_running(process)
     while _READY.encode() not in (written := log_path.read_bytes()[before:]):
         if process.poll() is not None:
             lines = [line.strip() for line in plain(written.decode(errors="replace")).splitlines() if line.strip()]

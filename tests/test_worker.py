@@ -25,6 +25,7 @@ from client.jobs import LENGTH, Job, decode_head, decoded, encode, receive, send
 from client.tasks import carry_out
 from client.warm import ALIVE, ROOT, SOCKET, Worker, ask_worker, connect, is_stopped, mark_stopped
 from client.worker import Memory, Order, Server
+from core import service
 from core.config import load_config
 from core.exchange import content, fingerprint, pack
 from core.faults import SiteError
@@ -235,7 +236,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, write_site: Callable[..., Non
         for folder in root.glob("**/worker"):
             if (worker := connect(folder)) is not None:
                 end(worker)
-        for process in warm._started:
+        for process in service._background:
             process.wait(10)
 
 
@@ -576,7 +577,7 @@ def test_of_another_owner_or_other_code_it_is_replaced(
     assert asked[0].pid != process.pid
     assert asked[0].root == str(tmp_path / "code" if what == "root" else ROOT)
     assert asked[0].owner == os.getppid()
-    assert warm._started[-1].wait(10) == -signal.SIGKILL
+    assert service._background[-1].wait(10) == -signal.SIGKILL
 
 
 def test_a_folder_with_a_long_name_has_a_socket_too(tmp_path: Path, start_for: Callable[..., subprocess.Popen[bytes]]) -> None:
