@@ -65,6 +65,7 @@ from core.exchange import (
 )
 from core.faults import SiteError, incident
 from core.finetuning import averaged_logits, finetune, labelled, num_classes, predict, training_scans, validation_loss
+from core.log_lines import StandardStream
 from core.models import (
     CONSTANTS,
     Classifier,
@@ -83,9 +84,10 @@ from core.targets import TargetError
 from core.training import NotFiniteError, TrainResult, embed, pretrain, pretraining_scans
 
 log = logging.getLogger("isocenter")
+
 if not log.handlers:
     # The site's own log, standard error: what was found, how far a long preparation is, what is wrong with which scan.
-    log.addHandler(logging.StreamHandler())
+    log.addHandler(StandardStream("stderr"))
     log.setLevel(logging.INFO)
 
 

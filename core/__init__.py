@@ -23,7 +23,7 @@ keys        who may take part: authority, certificates, keys of sites and reques
 flower_env  how Flower's programs are started, asked and ended
 files       written whole or not at all
 run_file    run.json: what a run was started with, so that it can be gone on with
-faults      failures in words that may leave a site; progress: how far long work is
+faults      failures in words that may leave a site; progress: how far long work is; log_lines: to where
 checkpoint  weights on disk
 export      encoders for others: load_encoder, TorchScript, model card, MONAI bundle
 evaluation  site-effect removal, probes, intervals

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +20,7 @@ from core.evaluation.predictions import Predictions
 from core.evaluation.reading import ROLES
 from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack
 from core.finetuning import prediction_notes, privacy_notes, trained_names
+from core.log_lines import StandardStream
 from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, ordered_constants, split_constants
 from core.moments import Reference
 from core.privacy import DpSgd
@@ -215,7 +215,7 @@ class MarkedLines(logging.Formatter):
 
 def speak() -> None:
     """Send our lines to standard output, where Flower picks them up for `flwr run --stream`."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = StandardStream("stdout")
     handler.setFormatter(MarkedLines())
     log.handlers = [handler]
     log.setLevel(logging.INFO)

@@ -3,8 +3,9 @@
 import gzip
 import inspect
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Read when the numerical libraries load: on shared cores their threads wait for each other, forty times as long as they compute.
@@ -57,6 +58,16 @@ def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(probes, "LOGISTIC_C", (1e-2, 1.0))
     monkeypatch.setitem(probes.BOOSTING, "max_iter", 10)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """What a test makes of our log, such as by running the server in this process, ends with it."""
+    log = logging.getLogger("isocenter")
+    before = list(log.handlers), log.level, log.propagate
+    yield
+    log.handlers, level, log.propagate = before
+    log.setLevel(level)
 
 
 @pytest.fixture
