@@ -62,9 +62,10 @@ def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _log_as_before() -> Iterator[None]:
-    """What a test makes of our log, such as by running the server in this process, ends with it."""
+    """A test begins with a log that goes nowhere, and what it makes of it, such as by running the server here, ends with it."""
     log = logging.getLogger("isocenter")
     before = list(log.handlers), log.level, log.propagate
+    log.handlers = []
     yield
     log.handlers, level, log.propagate = before
     log.setLevel(level)
