@@ -138,4 +138,4 @@ def wait_until(found: Callable[[], bool], what: str, limit_s: float) -> None:
     while not found():
         if time.monotonic() > deadline:
             raise StartError(f"{what}: not within {limit_s:.0f} s.")
-        time.sleep(0.5)
+        time.sleep(1)

@@ -12,16 +12,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from core.flower_env import free_port
+from simulations.consortium import wait_until
+from simulations.workplace import StartError
 
 SITES = ("harbor", "hill", "south")
 SCALE = "0.3"
+LIMIT_S = 120.0
 RUN = ("experiment=tiny", "data=sites", "name=demo", "num_rounds=3", "policy.min_group=2")
 POLICY = """site: {site}
 data: {{root: {data}}}
@@ -55,19 +59,6 @@ def command(*arguments: str, home: Path, ok: bool = True, show: bool = True) -> 
     return done.stdout + done.stderr
 
 
-def wait_for(what: str, found: Callable[[], bool], limit_s: float = 120.0) -> None:
-    """Wait until something is so.
-
-    Raises:
-        DemoError: it is not in time.
-    """
-    deadline = time.monotonic() + limit_s
-    while not found():
-        if time.monotonic() > deadline:
-            raise DemoError(f"{what}: not within {limit_s:.0f} s")
-        time.sleep(2)
-
-
 def first(pattern: str, text: str, what: str) -> str:
     """The line of a text that holds a pattern.
 
@@ -91,7 +82,7 @@ def main(
         shutil.rmtree(folder)
     try:
         report = demonstrate(folder, overrides or list(RUN))
-    except DemoError as error:
+    except (DemoError, StartError) as error:
         typer.echo(f"deploy-demo: {error}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"\nall of it in {time.monotonic() - began:.0f} s; open {report}")
@@ -140,14 +131,14 @@ def demonstrate(folder: Path, overrides: Sequence[str]) -> Path:
         for home in homes.values():
             running.append(("site", home))
             say(command("site", "start", str(home / "kit"), "--background", home=home))
-        wait_for("all sites connected", lambda: all_connected(server))
+        wait_until(lambda: all_connected(server), "all sites connected", LIMIT_S)
         say(command("server", "status", str(server / "kit"), home=server))
 
         heading("A key that nobody registered, and a kit of another authority")
         for reason, home in uninvited(folder, kits, port).items():
             running.append(("site", home))
             say(command("site", "start", str(home / "kit"), "--background", home=home))
-            wait_for(f"{home.name} refused", lambda home=home, reason=reason: reason in standing(home))  # type: ignore[misc]
+            wait_until(partial(refused_for, home, reason), f"{home.name} refused", LIMIT_S)
             say(f"{home.name}: {first(reason, standing(home), home.name)}")
             say(command("site", "stop", str(home / "kit"), home=home))
             running.pop()
@@ -167,7 +158,7 @@ def demonstrate(folder: Path, overrides: Sequence[str]) -> Path:
         heading("A site that was revoked")
         say(command(*provision, "--revoke", "hill", home=coordinator))
         shutil.copy(kits / "server" / "sites.json", server / "kit" / "sites.json")
-        wait_for("hill shut out", lambda: "does not know this site's key" in standing(homes["hill"]))
+        wait_until(partial(refused_for, homes["hill"], "does not know this site's key"), "hill shut out", LIMIT_S)
         say(f"hill: {first('does not know', standing(homes['hill']), 'hill')}")
 
         heading("What left each site, by its own log")
@@ -211,6 +202,11 @@ def all_connected(server: Path) -> bool:
 def standing(home: Path) -> str:
     """What a site says of its connection."""
     return command("site", "status", str(home / "kit"), home=home, show=False)
+
+
+def refused_for(home: Path, reason: str) -> bool:
+    """Whether a site says that it is not let in for this reason."""
+    return reason in standing(home)
 
 
 def heading(text: str) -> None:
