@@ -2,7 +2,8 @@
 
 Flower starts a process for every message of a deployment. This module imports next to nothing, so that such a process is
 there quickly; torch, the model and the scans stay in the worker (`client.warm`), where the site's node config asks for one with
-``warm=true``. Without, as in a simulation, whose processes last anyway, the task is carried out here.
+``warm=true``. Without, as in a simulation, whose processes last anyway, the task is carried out here. Behind the site's gate
+(`client.supernode`) it is not used: the gate asks the worker itself.
 """
 
 from flwr.app import Context, Message, RecordDict
@@ -43,9 +44,9 @@ def handle(message: Message, context: Context) -> Message:
 def ask(job: Job) -> RecordDict:
     """Have a task carried out: by the site's worker, or here."""
     if job.node_config.get("warm") is True:
-        from client.warm import ask_worker
+        from client.warm import Asker, ask_worker
 
-        return ask_worker(job)
+        return ask_worker(job, Asker.this_app())
     from client.tasks import carry_out
 
     return carry_out(job)

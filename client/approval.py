@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import stat
 import zipfile
 from collections.abc import Mapping
@@ -40,6 +41,8 @@ def digest(content: bytes) -> str:
 
 class Approvals:
     """The bundles a site has seen, in ``approved/``, ``pending/`` and ``revoked/`` of a folder, each named by its hash.
+
+    The code of those that ran is in ``apps/``.
 
     Args:
         folder: the site's ``state``.
@@ -113,6 +116,24 @@ class Approvals:
         _write(self._path("approved", name), content)
         self._path("pending", name).unlink()
 
+    def unpacked(self, content: bytes) -> Path:
+        """The folder in ``apps/`` with the files of an approved bundle.
+
+        Raises:
+            ApprovalError: it is too large, or no sane zip file.
+            OSError: the disk does not take it.
+        """
+        folder = self.folder / "apps" / digest(content)
+        if not folder.exists():
+            new = folder.with_suffix(".new")
+            shutil.rmtree(new, ignore_errors=True)
+            for name, data in files_in(content).items():
+                path = new / name
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                path.write_bytes(data)
+            new.rename(folder)
+        return folder
+
     def revoke(self, name: str) -> None:
         """Let an approved bundle run no more; it is kept in ``revoked/``.
 
@@ -123,6 +144,7 @@ class Approvals:
         gone.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             kept.replace(gone)
+            shutil.rmtree(self.folder / "apps" / name, ignore_errors=True)
         except FileNotFoundError:
             raise ApprovalError(f"bundle {name[:12]}: it must be approved, there is none of that name.") from None
 

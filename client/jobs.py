@@ -14,6 +14,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 Values = Mapping[str, str | int | float | bool]
+PROTOCOL = 1  # of what the worker of one version and the gate of another say to each other
 LENGTH = 8  # bytes that tell the length of a head
 LONGEST_HEAD = 64 << 20
 

@@ -31,7 +31,6 @@ PAUSE_S = 10.0  # between two starts of a SuperNode that ended
 FORGET_S = 75.0  # for so long after a kill a server takes the node for connected and refuses it
 GRACE_S = 10.0
 ATTEMPTS = 3  # to reach the server before it is told that it does not answer
-POLL_S = "0.1"
 READY = "runs, and is"
 Say = Callable[[str], None]
 
@@ -147,7 +146,6 @@ class Watch:
                     f"{server} does not know this site's key, or it was revoked: {self.key}; the coordinator can tell which"
                 )
         elif "Connection attempt failed" in text and not self.connected:
-            # Flower's SuperExec says the same once while the SuperNode itself starts.
             self.attempts += 1
             if self.attempts >= ATTEMPTS:
                 self.tell("connecting", f"{READY} looking for {server}, which does not answer; it goes on trying")
@@ -193,7 +191,7 @@ def serve(kit: Kit, *, say: Say) -> None:
                 if stopping.is_set():
                     break
                 reader.join(GRACE_S)
-                end_processes(kit.state, 0.0)  # its SuperExec, the worker
+                end_processes(kit.state, 0.0)  # the worker
                 watch.ended(process.returncode)
                 stopping.wait(PAUSE_S)
         finally:
@@ -209,11 +207,11 @@ def start_supernode(kit: Kit) -> subprocess.Popen[bytes]:
     arguments = ["--superlink", kit.about.server, "--root-certificates", str(kit.folder / "ca.crt")]
     arguments += ["--auth-supernode-private-key", str(kit.folder / "site.key")]
     arguments += ["--host", "127.0.0.1", "--port", str(free_port())]
-    arguments += ["--node-config", f"site-file={site_file} warm=true"]
+    arguments += ["--node-config", f"site-file={site_file}"]
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "client.supernode", str(kit.state), *arguments],
         cwd=kit.state / "cwd",
-        env=environment(kit.state, flower_home=kit.state / "flower") | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": POLL_S},
+        env=environment(kit.state, flower_home=kit.state / "flower"),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,36 +1,87 @@
-"""Flower's SuperNode, with a gate of the site's own before it: no app runs here that the site has not approved.
+"""Flower's SuperNode, with a gate of the site's own in place of its apps: nothing runs here that the site has not approved.
 
-A SuperNode runs whatever app the server sends. Here its bytes are compared with what the site's IT has approved
-(`client.approval`) before anything of it is unpacked; an app that is not approved is kept for `isocenter site approve`, and the
-server is told so. Two more things a plain SuperNode does not do: it notices within seconds that a run was stopped, and has the
-worker give it up; and between messages of a run it asks for the next one four times a second, not every three seconds.
+A SuperNode runs whatever app the server sends, in a new process for every message. Behind the gate, an app's bytes are compared
+with what the site's IT has approved (`client.approval`) before anything of it is unpacked; an app that is not approved is kept
+for `isocenter site approve`, and the server is told so. A message for an approved one goes straight to the site's worker
+(`client.warm`), which keeps torch and the scans, and its answer straight back. While a task is carried out the gate looks whether
+the run still runs, and has the worker give it up where it does not; between messages of a run it asks for the next one four times
+a second, not every three seconds.
 
 Written against Flower 1.41, whose parts are replaced by name; `check_flower` refuses any other.
 """
 
-import dataclasses
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Error, Message, RecordDict
+from flwr.common.config import get_fused_config_from_fab
+from flwr.common.constant import ErrorCode
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.run import RunNotRunningException
+
 from client.approval import ApprovalError, Approvals
+from client.jobs import Job, Values
 from client.state import private_folder
-from client.warm import connect, mark_stopped
-from core.faults import SiteError
+from client.warm import Asker, ask_worker, connect, mark_stopped
+from core.faults import SiteError, incident
+
+log = logging.getLogger("isocenter")
 
 FLOWER = "1.41"
 BUSY_S, IDLE_S = 0.25, 2.0
 RECENT_S = 300.0  # after a message, the next one is asked for often
 LOOK_S = 10.0  # between two looks at whether a run still runs
-REFUSED = "[isocenter:approval] this site must approve the app before it runs it: its IT reads it with `isocenter site approve`."
+NOT_APPROVED = SiteError(
+    "approval", "this site must approve the app before it runs it: its IT reads it with `isocenter site approve`."
+)
 
 
 class StartError(RuntimeError):
     """This is not a Flower that the gate was built for."""
+
+
+@dataclass(frozen=True)
+class App:
+    """What a run runs.
+
+    Attributes:
+        code: folder of the approved app, unpacked.
+        run_config: the run's.
+    """
+
+    code: Path
+    run_config: Values
+
+
+@dataclass(frozen=True)
+class Task:
+    """A message that was taken in.
+
+    Attributes:
+        message: as the server sent it.
+        app: to carry it out.
+        node_config: the site's own.
+        get_run: asks the server about a run.
+    """
+
+    message: Message
+    app: App | SiteError
+    node_config: Values
+    get_run: Callable[[int], Any]
 
 
 class Gate:
@@ -38,81 +89,143 @@ class Gate:
 
     Args:
         state: the site's state folder.
-        internal: Flower's module of the SuperNode's loop.
-        not_running: Flower's exception for a run that is over.
+        connect: Flower's connection to the server.
     """
 
-    def __init__(self, state: Path, internal: Any, not_running: type[BaseException]) -> None:
+    def __init__(self, state: Path, connect: Callable[..., Any]) -> None:
         self.approvals = Approvals(state)
         self.worker_folder = private_folder(state / "worker")
-        self.not_running = not_running
-        self.get_run: Callable[[int], Any] | None = None
-        self.run_id: int | None = None
+        self.apps: dict[int, App] = {}
+        self.task: Task | None = None
         self.stopped: set[int] = set()
         self.moved = self.looked = time.monotonic()
-        self._connect = internal.http_request_response
-        self._pull = internal._pull_and_store_message
-        self._push = internal._push_messages
+        self._connect = connect
 
     @contextmanager
     def connection(self, *args: Any, **kwargs: Any) -> Iterator[tuple[Any, ...]]:
-        """Flower's connection to the server; an app that comes through it is marked for `verify`."""
+        """Flower's connection to the server; it is told when it stands."""
         with self._connect(*args, **kwargs) as parts:
-            node_id, receive, send, get_run, get_fab, *rest = parts
-            self.get_run = get_run
+            tell("connected")
+            yield parts
 
-            def marked(fab_hash: str, run_id: int) -> Any:
-                return dataclasses.replace(get_fab(fab_hash, run_id), verifications={"valid_license": "site"})
-
-            print("isocenter| connected", flush=True)  # noqa: T201 - read by `isocenter site start`
-            yield (node_id, receive, send, get_run, marked, *rest)
-
-    def pull(self, **kwargs: Any) -> int | None:
-        """Take a message in, if there is one; its app is always to be verified."""
-        run_id: int | None = self._pull(**{**kwargs, "trusted_entities": {"site": "approved"}})
-        if run_id is not None:
-            self.run_id, self.moved = run_id, time.monotonic()
-        return run_id
-
-    def push(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the answer and send it."""
+    def pull(
+        self,
+        *,
+        node_config: Values,
+        receive: Callable[[], tuple[Message, Any] | None],
+        get_run: Callable[[int], Any],
+        get_fab: Callable[[str, int], Any],
+        pull_object: Callable[[int, str], bytes],
+        confirm_message_received: Callable[[int, str], None],
+        **_: object,
+    ) -> int | None:
+        """In place of Flower's: take a message in, if there is one; the number of its run."""
         try:
-            self._push(*args, **kwargs)
-        finally:
-            self.run_id, self.moved = None, time.monotonic()
+            if (received := receive()) is None:
+                return None
+            about, tree = received
+            run_id, message_id = about.metadata.run_id, about.metadata.message_id
+            app = self.app_of(run_id, get_run, get_fab)
+            names = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
+            contents = pull_objects(names, lambda name: pull_object(run_id, name))
+            confirm_message_received(run_id, message_id)
+            message = inflate_object_from_contents(message_id, contents)
+            assert isinstance(message, Message)
+            message.metadata.__dict__["_message_id"] = message_id
+        except RunNotRunningException:
+            return None
+        except Exception:
+            # The server is asked again; a message that it does not have whole is in the log as often.
+            log.exception("a message could not be taken in")
+            return None
+        self.task, self.moved = Task(message, app, node_config, get_run), time.monotonic()
+        return int(run_id)
 
-    def verify(self, fab: Any, trusted_entities: object) -> bool:
-        """Whether the site has approved exactly these bytes; if not, they are kept for its IT to read."""
-        del trusted_entities
-        if self.approvals.approves(fab.content):
-            return True
-        try:
-            name = self.approvals.keep_pending(fab.content)
-            print(f"isocenter| app {name} is not approved here: `isocenter site approve` shows it", flush=True)  # noqa: T201
-        except (ApprovalError, OSError) as error:
-            print(f"isocenter| an app was refused: {error}", flush=True)  # noqa: T201
-        return False
-
-    def sleep(self, seconds: float) -> None:
-        """In place of Flower's pauses: shorter, and with a look at whether the run still runs."""
-        now = time.monotonic()
-        if self.run_id is None:
-            time.sleep(BUSY_S if now - self.moved < RECENT_S else min(seconds, IDLE_S))
-            return
-        time.sleep(min(seconds, 0.05 if now - self.moved < 10 else BUSY_S))
-        if now - self.looked > LOOK_S and self.get_run is not None:
-            self.looked = now
+    def app_of(self, run_id: int, get_run: Callable[[int], Any], get_fab: Callable[[str, int], Any]) -> App | SiteError:
+        """The app of a run, or why it is not run here."""
+        if run_id not in self.apps:
+            run = get_run(run_id)
+            bundle: bytes = get_fab(run.fab_hash, run_id).content
+            if not self.approvals.approves(bundle):
+                self.keep_pending(bundle)
+                return NOT_APPROVED
             try:
-                self.get_run(self.run_id)
-            except self.not_running:
-                self.give_up(self.run_id)
+                self.apps = {run_id: App(self.approvals.unpacked(bundle), get_fused_config_from_fab(bundle, run))}
             except Exception:
-                return  # the connection: Flower sees to it
+                return incident()
+        return self.apps[run_id]
+
+    def keep_pending(self, bundle: bytes) -> None:
+        """Keep an app that is not approved for the site's IT to read."""
+        try:
+            tell(f"app {self.approvals.keep_pending(bundle)} is not approved here: `isocenter site approve` shows it")
+        except (ApprovalError, OSError) as error:
+            tell(f"an app was refused: {error}")
+
+    def push(self, *, send: Callable[..., Any], push_object: Callable[..., None], **_: object) -> None:
+        """In place of Flower's: carry the task out and send its answer."""
+        assert self.task is not None
+        task, self.task = self.task, None
+        began = time.monotonic()
+        reply = self.answered(task)
+        try:
+            with no_object_id_recompute():
+                reply.metadata.__dict__["_message_id"] = reply.object_id
+                wanted, session = send(reply, get_object_tree(reply), time.monotonic() - began)
+                objects = get_all_nested_objects(reply)
+                run_id = reply.metadata.run_id
+
+                def push(name: str, content: bytes) -> None:
+                    push_object(run_id, session, name, content)
+
+                push_objects(objects, push, object_ids_to_push=wanted)
+        except RunNotRunningException:
+            self.give_up(reply.metadata.run_id)
+        except Exception:
+            log.exception("an answer could not be sent")
+            tell("an answer could not be sent; the site's local log tells why")
+        self.moved = time.monotonic()
+
+    def answered(self, task: Task) -> Message:
+        """The answer to a task, or its failure in words that may leave the site."""
+        run_id = task.message.metadata.run_id
+        try:
+            if isinstance(task.app, SiteError):
+                raise task.app
+            job = Job(
+                message_type=task.message.metadata.message_type,
+                received=task.message.content,
+                node_config=task.node_config,
+                run_config=task.app.run_config,
+                run_id=run_id,
+                memory=RecordDict(),
+            )
+            self.looked = time.monotonic()
+            asker = Asker(task.app.code, os.getpid(), lambda: self.look(run_id, task.get_run))
+            return Message(ask_worker(job, asker), reply_to=task.message)
+        except SiteError as error:
+            failure = error
+        except Exception:
+            failure = incident()
+        log.warning("%s", failure)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(failure)), reply_to=task.message)
+
+    def look(self, run_id: int, get_run: Callable[[int], Any]) -> None:
+        """Have the worker stop what it does for a run that is over; asked every few seconds, it looks less often."""
+        if time.monotonic() - self.looked < LOOK_S:
+            return
+        self.looked = time.monotonic()
+        try:
+            get_run(run_id)
+        except RunNotRunningException:
+            self.give_up(run_id)
+        except Exception:
+            return  # the connection: Flower sees to it
 
     def give_up(self, run_id: int) -> None:
-        """Have the worker stop what it does for a run that is over."""
+        """Have the worker take up nothing more of a run that is over."""
         if run_id not in self.stopped:
-            print("isocenter| the run was stopped", flush=True)  # noqa: T201
+            tell("the run was stopped")
         # Whatever goes wrong here must not end the SuperNode; it is tried again.
         with suppress(OSError, SiteError):
             if (worker := connect(self.worker_folder)) is not None:
@@ -122,6 +235,15 @@ class Gate:
             if run_id not in self.stopped:
                 mark_stopped(self.worker_folder, run_id)
         self.stopped.add(run_id)
+
+    def sleep(self, seconds: float) -> None:
+        """In place of Flower's pause where there is no message: shorter, above all in the middle of a run."""
+        time.sleep(BUSY_S if time.monotonic() - self.moved < RECENT_S else min(seconds, IDLE_S))
+
+
+def tell(words: str) -> None:
+    """Say something to `isocenter site start`, which reads what the SuperNode prints."""
+    print(f"isocenter| {words}", flush=True)  # noqa: T201
 
 
 class Clock:
@@ -141,33 +263,23 @@ def check_flower(internal: Any) -> None:
         StartError: it is another.
     """
     found = version("flwr")
-    parts = (
-        "http_request_response",
-        "_pull_and_store_message",
-        "_push_messages",
-        "_verify_fab",
-        "FAB_VERIFICATION_ERROR",
-        "time",
-    )
+    parts = ("http_request_response", "_pull_and_store_message", "_push_messages", "time")
     if not found.startswith(f"{FLOWER}.") or not all(hasattr(internal, part) for part in parts):
         raise StartError(f"site: flwr must be {FLOWER}, got {found}. Install isocenter with its constraints.txt.")
 
 
 def install(state: Path) -> Callable[[], None]:
-    """Put the gate before Flower's SuperNode, and return the SuperNode's main function."""
-    from flwr.app import Error
-    from flwr.supercore.run import RunNotRunningException
-    from flwr.supernode import start_client_internal as internal
+    """Put the gate in place of Flower's apps, and return the SuperNode's main function."""
+    from flwr.supernode import start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
+    internal: Any = start_client_internal
     check_flower(internal)
-    gate = Gate(state, internal, RunNotRunningException)
+    gate = Gate(state, internal.http_request_response)
     replacements: dict[str, Any] = {
         "http_request_response": gate.connection,
         "_pull_and_store_message": gate.pull,
         "_push_messages": gate.push,
-        "_verify_fab": gate.verify,
-        "FAB_VERIFICATION_ERROR": Error(internal.FAB_VERIFICATION_ERROR.code, REFUSED),
         "time": Clock(gate.sleep),
     }
     for name, value in replacements.items():
@@ -178,7 +290,7 @@ def install(state: Path) -> Callable[[], None]:
 def main() -> None:
     """``python -m client.supernode STATE`` and then what `flower-supernode` takes."""
     state = Path(sys.argv[1])
-    sys.argv = ["flower-supernode", *sys.argv[2:]]
+    sys.argv = ["flower-supernode", *sys.argv[2:], "--isolation", "process"]
     install(state)()
 
 

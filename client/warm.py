@@ -2,8 +2,8 @@
 
 Flower starts a process for every message: importing torch, building the model, opening the cache and the GPU would cost seconds
 each time. The worker (`client.worker`) is one process of the site that keeps all that from message to message. It is reached over
-a socket in a folder that only the site's user may enter, serves code of one place only (that of the app that asks), and ends
-with the process that started the asking one: Flower's SuperExec, which ends with its SuperNode.
+a socket in a folder that only the site's user may enter, runs the code of one app only, and ends with the process that it works
+for: the site's SuperNode.
 """
 
 import fcntl
@@ -16,14 +16,14 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import RecordDict
 
-from client.jobs import Job, receive, send
+from client.jobs import PROTOCOL, Job, receive, send
 from client.state import private_folder, state_folder
 from core.faults import SiteError
 from core.service import leave_running
@@ -36,8 +36,29 @@ BEAT_S = 2.0
 SILENCE_S = 60.0  # without a beat, a worker is taken for frozen
 PATIENCE_S = 3600.0  # without progress, a worker is taken for hung
 LONGEST_LOG = 20 << 20
+OTHER_PROTOCOL = "its isocenter and the app must be of versions that understand each other, they are not; install the app's."
 
 log = logging.getLogger("isocenter")
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Whom a worker works for.
+
+    Attributes:
+        code: folder of the app's code, which it runs.
+        owner: the process that it ends with.
+        on_beat: called every few seconds while it works.
+    """
+
+    code: Path
+    owner: int
+    on_beat: Callable[[], None] = lambda: None
+
+    @classmethod
+    def this_app(cls) -> "Asker":
+        """The app that asks, in a process that Flower started for one message: its parent lasts as long as the SuperNode."""
+        return cls(ROOT, os.getppid())
 
 
 class WorkerLostError(Exception):
@@ -56,20 +77,20 @@ def patience_s(node_config: Mapping[str, object]) -> float:
     return float(told)
 
 
-def ask_worker(job: Job) -> RecordDict:
+def ask_worker(job: Job, asker: Asker) -> RecordDict:
     """Have the worker carry a task out: the one that runs, or a new one; one that is lost on the way is replaced, once.
 
     Raises:
         SiteError: the task failed, or the worker was lost twice, or there can be none.
     """
     try:
-        return _ask_worker(job)
+        return _ask_worker(job, asker)
     except OSError:
         log.exception("the site's worker")
         raise SiteError("worker", "its worker could not be started; see the site's local log.") from None
 
 
-def _ask_worker(job: Job) -> RecordDict:
+def _ask_worker(job: Job, asker: Asker) -> RecordDict:
     patience_s(job.node_config)
     flower = Path(os.environ.get("FLWR_HOME", Path.home() / ".flwr"))
     state = state_folder(job.node_config) or flower / "isocenter" / str(job.node_config.get("site", "site"))
@@ -77,13 +98,13 @@ def _ask_worker(job: Job) -> RecordDict:
     for attempt in (1, 2):
         with _alone(folder):
             worker = connect(folder)
-            if worker is not None and (worker.root != str(ROOT) or worker.owner != os.getppid()):
+            if worker is not None and (worker.root, worker.owner, worker.protocol) != (str(asker.code), asker.owner, PROTOCOL):
                 worker.kill()
                 worker.close()
                 worker = None
-            worker = worker or start(folder)
+            worker = worker or start(folder, asker)
         try:
-            return worker.carry_out(job)
+            return worker.carry_out(job, asker.on_beat)
         except WorkerLostError as error:
             log.warning("the site's worker %s", error)
             worker.kill()
@@ -106,6 +127,7 @@ class Worker:
         handle: of that process, which no later one of the same number can be taken for.
         root: folder of the code that it runs.
         owner: the process it ends with.
+        protocol: how it speaks.
     """
 
     connection: socket.socket
@@ -113,8 +135,9 @@ class Worker:
     handle: int
     root: str
     owner: int
+    protocol: int = PROTOCOL
 
-    def carry_out(self, job: Job) -> RecordDict:
+    def carry_out(self, job: Job, on_beat: Callable[[], None] = lambda: None) -> RecordDict:
         """Send a task and wait for its answer, as long as the worker lives and makes progress.
 
         Raises:
@@ -139,6 +162,7 @@ class Worker:
                     raise SiteError(*told["fault"])
                 if told["quiet_s"] > limit:
                     raise WorkerLostError("made no progress")
+                on_beat()
         except TimeoutError:
             raise WorkerLostError("stopped responding") from None
         except (OSError, ValueError, KeyError):
@@ -217,7 +241,7 @@ def connect(folder: Path) -> Worker | None:
         handle = os.pidfd_open(pid)
         if (hello := receive(connection)) is not None:
             told, _ = hello
-            return Worker(connection, pid, handle, told["root"], told["owner"])
+            return Worker(connection, pid, handle, told["root"], told["owner"], told.get("protocol", 0))
     except (OSError, ValueError, KeyError):
         pass
     if handle >= 0:
@@ -236,8 +260,8 @@ def socket_path(folder: Path) -> Iterator[str]:
         os.close(descriptor)
 
 
-def start(folder: Path) -> Worker:
-    """Start a worker that ends with our parent, and connect to it.
+def start(folder: Path, asker: Asker) -> Worker:
+    """Start a worker, and connect to it.
 
     Raises:
         SiteError: it did not come up.
@@ -246,9 +270,9 @@ def start(folder: Path) -> Worker:
     log_path = folder / LOG
     if log_path.exists() and log_path.stat().st_size > LONGEST_LOG:
         log_path.replace(log_path.with_suffix(".log.1"))
-    command = [sys.executable, "-P", "-m", "client.worker", str(folder), "--owner", str(os.getppid())]
-    # The worker must run the code of the app that asks, wherever Flower has put that.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-P", "-m", "client.worker", str(folder), "--owner", str(asker.owner)]
+    # The worker must run the code of the app, wherever that was put.
+    environment = {**os.environ, "PYTHONPATH": str(asker.code), "PYTHONUNBUFFERED": "1"}
     with os.fdopen(os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as local_log:
         process = subprocess.Popen(
             command,
@@ -264,9 +288,12 @@ def start(folder: Path) -> Worker:
     while time.monotonic() < deadline and process.poll() is None:
         worker = connect(folder)
         if worker is not None:
-            if worker.pid == process.pid:
+            if worker.pid == process.pid and worker.protocol == PROTOCOL:
                 return worker
             worker.close()
+            if worker.protocol != PROTOCOL:
+                process.kill()
+                raise SiteError("worker", OTHER_PROTOCOL)
         time.sleep(0.02)
     process.kill()
     process.wait()

@@ -22,7 +22,7 @@ from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
-from client.jobs import LENGTH, Job, decode_head, decoded, encode, receive, send
+from client.jobs import LENGTH, PROTOCOL, Job, decode_head, decoded, encode, receive, send
 from client.state import private_folder
 from client.warm import ALIVE, BEAT_S, ROOT, STATUS, held, is_stopped, mark_stopped, socket_path
 from core import progress
@@ -141,7 +141,7 @@ class Server:
     def converse(self, connection: socket.socket) -> None:
         """Say who this is, take a task, tell that it goes on, answer."""
         with connection, suppress(OSError):
-            send(connection, {"pid": os.getpid(), "root": str(ROOT), "owner": self.owner})
+            send(connection, {"protocol": PROTOCOL, "root": str(ROOT), "owner": self.owner})
             while (message := receive(connection)) is not None:
                 about, records = message
                 if "stop" in about:

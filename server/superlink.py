@@ -30,7 +30,6 @@ from core.flower_env import (
     environment,
     healthy,
     plain,
-    program,
     write_connection,
 )
 from core.keys import fingerprint, public_line, read_public_line
@@ -457,7 +456,8 @@ def _programs(kit: Kit, *, proxy: bool) -> list[_Kept]:
     def answers(at: int) -> Callable[[], bool]:
         return lambda: healthy(at, folder / "ca.crt")
 
-    kept = [_Kept("SuperLink", [program("flower-superlink"), *arguments], kit, answers(port))]
+    superlink = [sys.executable, "-P", "-m", "server.flower_superlink", *arguments]
+    kept = [_Kept("SuperLink", superlink, kit, answers(port))]
     write_connection(
         kit.state / "flower",
         f'address = "127.0.0.1:{port}"\nroot-certificates = {json.dumps(str(folder / "ca.crt"), ensure_ascii=False)}',

@@ -250,3 +250,20 @@ def test_the_command_shows_asks_and_tells_the_log(tmp_path: Path) -> None:
     broken = RUNNER.invoke(app, [*command, "--yes"])
     assert broken.exit_code == 1
     assert not kept.approves(SECOND)
+
+
+def test_an_approved_bundle_is_unpacked_once_and_gone_when_it_is_revoked(tmp_path: Path) -> None:
+    approvals = Approvals(tmp_path)
+    content = bundle({"client/app.py": b"x = 1\n", "server/kit/a/b.py": b""})
+    name = approvals.keep_pending(content)
+    approvals.approve(name)
+    (approvals.folder / "apps" / f"{name}.new").mkdir(parents=True)  # left by one that was interrupted
+    (approvals.folder / "apps" / f"{name}.new" / "other.py").touch()
+    folder = approvals.unpacked(content)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert files == {"client/app.py": b"x = 1\n", "server/kit/a/b.py": b""}
+    before = (folder / "client" / "app.py").stat().st_mtime_ns
+    assert approvals.unpacked(content) == folder
+    assert (folder / "client" / "app.py").stat().st_mtime_ns == before
+    approvals.revoke(name)
+    assert not folder.exists()

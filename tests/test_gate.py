@@ -1,76 +1,136 @@
-"""The gate before Flower's SuperNode, with a module in place of Flower's and with Flower's own."""
+"""The gate before Flower's SuperNode, with a server made up here and Flower's own loop."""
 
 import io
+import logging
 import os
 import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, inflate_object_from_contents
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
 
 from client import supernode
 from client.approval import digest
-from client.supernode import BUSY_S, IDLE_S, LOOK_S, RECENT_S, REFUSED, Clock, Gate, StartError, check_flower
-from client.warm import is_stopped
+from client.jobs import Job
+from client.supernode import BUSY_S, IDLE_S, LOOK_S, RECENT_S, Clock, Gate, StartError, check_flower
+from client.warm import Asker, is_stopped
+from core.faults import SiteError, error_kind
+
+REFUSED = "this site must approve the app before it runs it: its IT reads it with `isocenter site approve`."
 
 
-class OverError(Exception):
-    """In place of Flower's exception for a run that is over."""
+PROJECT = """
+[project]
+name = "app"
+version = "1"
+[tool.flwr.app]
+publisher = "us"
+[tool.flwr.app.components]
+serverapp = "server.app:app"
+clientapp = "client.app:app"
+[tool.flwr.app.config]
+overrides = ""
+seed = 1
+"""
 
 
-@dataclass(frozen=True)
-class Fab:
-    """A bundle as Flower hands it on."""
-
-    hash_str: str
-    content: bytes
-    verifications: dict[str, str] = field(default_factory=dict)
-
-
-def bundle(text: str) -> bytes:
+def bundle(text: str, project: str = PROJECT) -> bytes:
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr("pyproject.toml", project)
         archive.writestr("client/app.py", text)
     return data.getvalue()
 
 
-GOOD, BAD = bundle("print('good')"), bundle("print('bad')")
+GOOD, BAD, BROKEN = bundle("print('good')"), bundle("print('bad')"), bundle("print('good')", "[project]")
 
 
-class Flower:
-    """What of Flower's module the gate takes the place of."""
+class Server:
+    """A server that has sent one message, of run 5, and what a site's SuperNode asks of it."""
 
-    def __init__(self) -> None:
-        self.fab = Fab(digest(GOOD), GOOD)
-        self.over = False
-        self.pulled: list[dict[str, Any]] = []
+    def __init__(self, message: Message, bundle: bytes = GOOD) -> None:
+        self.bundle, self.over, self.failing = bundle, False, False
+        message.metadata.__dict__["_message_id"] = message.object_id
+        self.tree = get_object_tree(message)
+        self.objects = {name: value.deflate() for name, value in get_all_nested_objects(message).items()}
+        self.waiting = [message]
         self.looked: list[int] = []
-        self.next: int | None = 5
+        self.pulled: list[str] = []
+        self.confirmed: list[str] = []
+        self.sent: list[Message] = []
+        self.pushed: dict[str, bytes] = {}
 
-    @contextmanager
-    def http_request_response(self, *_: object, **__: object) -> Iterator[tuple[Any, ...]]:
-        yield (1, None, None, self.get_run, self.get_fab, "pull", "push", "confirm")
+    def receive(self) -> tuple[Message, Any] | None:
+        if not self.waiting:
+            return None
+        [message] = self.waiting
+        return Message(RecordDict(), metadata=message.metadata), self.tree
 
-    def get_run(self, run_id: int) -> object:
-        self.looked.append(run_id)
+    def check(self) -> None:
         if self.over:
-            raise OverError
-        return object()
+            raise RunNotRunningException
+        if self.failing:
+            raise OSError(101, "Network is unreachable")
 
-    def get_fab(self, *_: object) -> Fab:
-        return self.fab
+    def get_run(self, run_id: int) -> Any:
+        self.looked.append(run_id)
+        self.check()
+        return SimpleNamespace(fab_hash=digest(self.bundle), override_config={"overrides": "seed=3"})
 
-    def _pull_and_store_message(self, **parts: Any) -> int | None:
-        self.pulled.append(parts)
-        return self.next
+    def get_fab(self, name: str, run_id: int) -> Any:
+        assert (name, run_id) == (digest(self.bundle), 5)
+        return SimpleNamespace(content=self.bundle, hash_str="claimed")
 
-    def _push_messages(self, *_: object, **__: object) -> None:
-        return
+    def pull_object(self, run_id: int, name: str) -> bytes:
+        assert run_id == 5
+        self.pulled.append(name)
+        if name not in self.objects:
+            raise ObjectPullError(name, "gone")
+        return self.objects[name]
+
+    def confirm(self, run_id: int, name: str) -> None:
+        assert run_id == 5
+        self.confirmed.append(name)
+        self.waiting.clear()
+
+    def send(self, message: Message, tree: Any, seconds: float) -> tuple[set[str], str]:
+        assert seconds >= 0
+        self.check()
+        self.sent.append(message)
+        return {node.object_id for node in iterate_object_tree(tree)}, "session"
+
+    def push_object(self, run_id: int, session: str, name: str, content: bytes) -> None:
+        assert (run_id, session) == (5, "session")
+        self.pushed[name] = content
+
+    def pull_into(self, gate: Gate) -> int | None:
+        return gate.pull(
+            node_config={"site-file": "/kit/site.yaml"},
+            receive=self.receive,
+            get_run=self.get_run,
+            get_fab=self.get_fab,
+            pull_object=self.pull_object,
+            confirm_message_received=self.confirm,
+            state="Flower's",
+            trusted_entities=None,
+        )
+
+    def push_from(self, gate: Gate) -> Message:
+        """The reply as the server puts it together from what was pushed."""
+        gate.push(send=self.send, push_object=self.push_object, state="Flower's")
+        reply = inflate_object_from_contents(self.sent[-1].metadata.message_id, dict(self.pushed))
+        assert isinstance(reply, Message)
+        return reply
 
 
 class FakeTime:
@@ -97,80 +157,132 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Path:
-    folder = tmp_path / "state"
-    folder.mkdir(mode=0o700)
-    return folder
+def message(monkeypatch: pytest.MonkeyPatch) -> Message:
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 5)
+    weights = ArrayRecord({name: Array(np.arange(4, dtype=np.float32)) for name in ("one", "alike")})
+    return Message(RecordDict({"arrays": weights, "config": ConfigRecord({"round": 2})}), 1, "train.pretrain")
 
 
 @pytest.fixture
-def flower() -> Flower:
-    return Flower()
+def server(message: Message) -> Server:
+    return Server(message)
 
 
 @pytest.fixture
-def gate(state: Path, flower: Flower, clock: FakeTime) -> Gate:
+def gate(tmp_path: Path, clock: FakeTime) -> Gate:
     assert clock.now == 1000
-    return Gate(state, flower, OverError)
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    made = Gate(state, lambda: None)
+    made.approvals.approve(made.approvals.keep_pending(GOOD))
+    return made
 
 
-def test_an_app_that_is_not_approved_is_kept_and_does_not_run(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not gate.verify(Fab(digest(BAD), BAD), {})
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Job, Asker]]:
+    """Jobs that reached the worker, which answers with what it got."""
+    jobs: list[tuple[Job, Asker]] = []
+
+    def ask(job: Job, asker: Asker) -> RecordDict:
+        jobs.append((job, asker))
+        return RecordDict({"arrays": job.received.array_records["arrays"]})
+
+    monkeypatch.setattr(supernode, "ask_worker", ask)
+    return jobs
+
+
+def test_a_message_for_an_approved_app_goes_to_the_worker_and_its_answer_back(
+    gate: Gate, server: Server, message: Message, asked: list[tuple[Job, Asker]]
+) -> None:
+    assert server.pull_into(gate) == 5
+    # Two arrays that are alike cross once.
+    assert sorted(server.pulled) == sorted(server.objects)
+    assert server.confirmed == [message.metadata.message_id]
+    reply = server.push_from(gate)
+    assert reply.content.array_records["arrays"].keys() == {"one", "alike"}
+    np.testing.assert_array_equal(reply.content.array_records["arrays"]["one"].numpy(), np.arange(4, dtype=np.float32))
+    assert reply.metadata.reply_to_message_id == message.metadata.message_id
+    [(job, asker)] = asked
+    assert (job.message_type, job.run_id, job.received) == ("train.pretrain", 5, message.content)
+    assert job.node_config == {"site-file": "/kit/site.yaml"}
+    assert job.run_config == {"overrides": "seed=3", "seed": 1}
+    assert asker.owner == os.getpid()
+    assert asker.code == gate.approvals.folder / "apps" / digest(GOOD)
+    assert (asker.code / "client" / "app.py").read_text() == "print('good')"
+    assert server.pull_into(gate) is None
+    assert server.looked == [5]  # the app of a run is fetched once
+
+
+@pytest.mark.parametrize("kept", ["kept", "no bundle", "full disk"])
+def test_an_app_that_is_not_approved_does_not_run_and_the_server_is_told(
+    gate: Gate,
+    message: Message,
+    asked: list[tuple[Job, Asker]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kept: str,
+) -> None:
+    """Whatever hash the server claims for it, and whether or not it can be kept to be looked at."""
+    server = Server(message, b"no zip" if kept == "no bundle" else BAD)
+    if kept == "full disk":
+
+        def full(_: bytes) -> str:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(gate.approvals, "keep_pending", full)
+    assert server.pull_into(gate) == 5
+    reply = server.push_from(gate)
+    assert error_kind(reply.error.reason) == ("approval", REFUSED)
+    assert asked == []
+    said = capsys.readouterr().out
+    if kept != "kept":
+        assert said.startswith("isocenter| an app was refused: ")
+        return
+    assert said == f"isocenter| app {digest(BAD)} is not approved here: `isocenter site approve` shows it\n"
     assert gate.approvals.pending() == [digest(BAD)]
-    assert "is not approved here: `isocenter site approve` shows it" in capsys.readouterr().out
     gate.approvals.approve(digest(BAD))
-    assert gate.verify(Fab(digest(BAD), BAD), {})
+    server.waiting.append(message)
+    server.pull_into(gate)
+    assert server.push_from(gate).has_content()
+    assert len(asked) == 1
 
 
-def test_the_hash_that_a_server_claims_counts_for_nothing(gate: Gate) -> None:
-    gate.verify(Fab("", GOOD), {})
-    gate.approvals.approve(digest(GOOD))
-    assert gate.verify(Fab("whatever", GOOD), {})
-    assert not gate.verify(Fab(digest(GOOD), BAD), {"site": "approved"})
-    assert gate.approvals.pending() == [digest(BAD)]
+def test_an_approved_app_that_cannot_be_read_is_told_of(gate: Gate, message: Message, asked: list[tuple[Job, Asker]]) -> None:
+    gate.approvals.approve(gate.approvals.keep_pending(BROKEN))
+    server = Server(message, BROKEN)
+    assert server.pull_into(gate) == 5
+    assert error_kind(server.push_from(gate).error.reason)[0] == "incident"
+    assert asked == []
 
 
-def test_what_is_no_bundle_is_refused_and_the_supernode_goes_on(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not gate.verify(Fab("", b"no zip"), {})
-    assert gate.approvals.pending() == []
-    assert "an app was refused" in capsys.readouterr().out
+@pytest.mark.parametrize("failure", ["told", "unforeseen"])
+def test_a_failure_leaves_in_words_that_may(gate: Gate, server: Server, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+    def fail(*_: object) -> RecordDict:
+        raise SiteError("disk", "its disk is full.") if failure == "told" else ValueError("/data/sub-007/anat.nii")
+
+    monkeypatch.setattr(supernode, "ask_worker", fail)
+    server.pull_into(gate)
+    kind, text = error_kind(server.push_from(gate).error.reason)
+    if failure == "told":
+        assert (kind, text) == ("disk", "its disk is full.")
+    else:
+        assert kind == "incident"
+        assert text.endswith(": see the site's local log.")
+        assert "sub-007" not in text
 
 
-def test_a_full_disk_refuses_too(gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: bytes) -> str:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(gate.approvals, "keep_pending", full)
-    assert not gate.verify(Fab("", BAD), {})
-
-
-def test_every_app_is_marked_to_be_verified_and_every_message_told_to(gate: Gate, flower: Flower) -> None:
-    flower.fab = Fab("claimed", BAD, {"valid_license": "", "someone": "trusted"})
-    with gate.connection() as (node_id, _, _, get_run, get_fab, *rest):
-        assert node_id == 1
-        assert rest == ["pull", "push", "confirm"]
-        assert get_run == flower.get_run
-        assert get_fab("claimed", 5).verifications == {"valid_license": "site"}
-        assert get_fab("claimed", 5).content == BAD
-    assert gate.pull(trusted_entities=None, state="kept") == 5
-    assert flower.pulled == [{"trusted_entities": {"site": "approved"}, "state": "kept"}]
-
-
-def test_pauses_are_short_while_a_run_goes_on_and_longer_later(gate: Gate, flower: Flower, clock: FakeTime) -> None:
-    gate.sleep(3)
-    clock.now += RECENT_S
-    gate.sleep(3)
-    gate.pull()
-    gate.sleep(0.5)
-    clock.now += 10
-    gate.sleep(0.5)
-    assert clock.slept == [BUSY_S, IDLE_S, 0.05, BUSY_S]
-    gate.push()
-    gate.sleep(3)
-    assert clock.slept[-1] == BUSY_S
-    flower.next = None
-    assert gate.pull() is None
-    assert gate.run_id is None
+@pytest.mark.parametrize("trouble", ["over", "gone"])
+def test_a_message_that_cannot_be_taken_in_ends_nothing(
+    gate: Gate, server: Server, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    server.over = trouble == "over"
+    if trouble == "gone":
+        server.objects.clear()
+    with caplog.at_level(logging.ERROR, "isocenter"):
+        assert server.pull_into(gate) is None
+    assert (server.confirmed, gate.task) == ([], None)
+    assert len(caplog.records) == (trouble == "gone")
 
 
 class FakeWorker:
@@ -187,45 +299,67 @@ class FakeWorker:
         self.closed += 1
 
 
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize("trouble", ["over", "failing"])
+def test_an_answer_that_cannot_be_sent_ends_nothing(
+    gate: Gate, server: Server, capsys: pytest.CaptureFixture[str], trouble: str
+) -> None:
+    server.pull_into(gate)
+    setattr(server, trouble, True)
+    gate.push(send=server.send, push_object=server.push_object)
+    assert (server.sent, server.pushed, gate.task) == ([], {}, None)
+    words = "the run was stopped" if trouble == "over" else "an answer could not be sent; the site's local log tells why"
+    assert capsys.readouterr().out == f"isocenter| {words}\n"
+    assert is_stopped(gate.worker_folder, 5) == (trouble == "over")
+
+
+def test_pauses_are_short_while_a_run_goes_on_and_longer_later(gate: Gate, server: Server, clock: FakeTime) -> None:
+    gate.sleep(3)
+    clock.now += RECENT_S
+    gate.sleep(3)
+    server.pull_into(gate)
+    gate.sleep(3)
+    assert clock.slept == [BUSY_S, IDLE_S, BUSY_S]
+
+
 def test_it_looks_at_the_run_and_has_the_worker_give_up_what_is_over(
-    gate: Gate, flower: Flower, clock: FakeTime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gate: Gate, server: Server, clock: FakeTime, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worker = FakeWorker()
     monkeypatch.setattr(supernode, "connect", lambda _: worker)
-    with gate.connection():
-        gate.pull()
-    while clock.now < 1000 + 3 * LOOK_S + 1:
-        gate.sleep(0.5)
-    assert flower.looked == [5, 5, 5]
-    assert worker.stopped == []
-    flower.over = True
-    while clock.now < 1000 + 5 * LOOK_S + 2:
-        gate.sleep(0.5)
-    # A worker that has not noticed is told again; nobody reads twice of it.
-    assert worker.stopped == [5, 5]
-    assert worker.closed == 2
-    assert is_stopped(gate.worker_folder, 5)
+
+    def ask(_: Job, asker: Asker) -> RecordDict:
+        for _ in range(15):
+            clock.now += 0.4 * LOOK_S
+            server.over = clock.now > 1000 + 4 * LOOK_S
+            asker.on_beat()
+        raise SiteError("stopped", "the run was stopped.")
+
+    monkeypatch.setattr(supernode, "ask_worker", ask)
+    server.pull_into(gate)
+    gate.push(send=server.send, push_object=server.push_object)
+    # For the app, then every LOOK_S; a worker that has not noticed is told again; nobody reads twice of it.
+    assert server.looked == [5] * 6
+    assert worker.stopped == [5, 5, 5]  # the last time where the answer is not wanted any more
+    assert worker.closed == 3
     assert (gate.worker_folder / "stopped").read_text() == "5\n"
     assert capsys.readouterr().out.count("the run was stopped") == 1
 
 
 @pytest.mark.parametrize("trouble", ["connection", "worker", "disk", "none"])
 def test_no_trouble_with_that_ends_the_supernode(
-    gate: Gate, flower: Flower, clock: FakeTime, monkeypatch: pytest.MonkeyPatch, trouble: str
+    gate: Gate, server: Server, clock: FakeTime, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     def fail(*_: object) -> Any:
-        raise supernode.SiteError("state", "no") if trouble == "worker" else OSError(28, "No space left on device")
+        raise SiteError("state", "no") if trouble == "worker" else OSError(28, "No space left on device")
 
-    flower.over = trouble != "connection"
-    if trouble == "connection":
-        monkeypatch.setattr(flower, "get_run", fail)
+    server.over, server.failing = trouble != "connection", trouble == "connection"
     monkeypatch.setattr(supernode, "connect", fail if trouble == "worker" else lambda _: None)
     if trouble == "disk":
         monkeypatch.setattr(supernode, "mark_stopped", fail)
-    with gate.connection():
-        gate.pull()
-    while clock.now < 1000 + 2 * LOOK_S + 1:
-        gate.sleep(0.5)
+    clock.now += LOOK_S
+    gate.look(5, server.get_run)
+    assert server.looked == [5]
     assert is_stopped(gate.worker_folder, 5) == (trouble in ("worker", "none"))
 
 
@@ -247,83 +381,63 @@ def test_another_flower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             check_flower(internal)
     monkeypatch.setattr(supernode, "version", lambda _: "1.41.9")
     check_flower(internal)
-    lacking = SimpleNamespace(**{name: value for name, value in vars(internal).items() if name != "_verify_fab"})
+    lacking = SimpleNamespace(**{name: value for name, value in vars(internal).items() if name != "_push_messages"})
     with pytest.raises(StartError, match=r"got 1\.41\.9"):
         check_flower(lacking)
 
 
-@pytest.fixture
-def installed(state: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Flower's own module with the gate in it; put back afterwards."""
-    from flwr.supernode import start_client_internal as internal
-
-    for name in (
-        "http_request_response",
-        "_pull_and_store_message",
-        "_push_messages",
-        "_verify_fab",
-        "FAB_VERIFICATION_ERROR",
-        "time",
-    ):
-        monkeypatch.setattr(internal, name, getattr(internal, name))
-    assert callable(supernode.install(state))
-    return internal
-
-
 @pytest.mark.parametrize("approved", [False, True], ids=["unapproved", "approved"])
-@pytest.mark.parametrize("trusted", [None, {}], ids=["none", "empty"])
 def test_flowers_own_loop_runs_nothing_else_than_what_is_approved(
-    installed: Any, state: Path, monkeypatch: pytest.MonkeyPatch, approved: bool, trusted: dict[str, str] | None
+    tmp_path: Path, server: Server, asked: list[tuple[Job, Asker]], monkeypatch: pytest.MonkeyPatch, approved: bool
 ) -> None:
-    """Flower's function that takes a message in, behind the gate: an error reply with our sentence, or a task of the app."""
-    from flwr.app import Message, RecordDict
-    from flwr.supercore.task_identity import TaskIdentity
+    """Flower's function that serves a SuperNode, behind the gate, until its one message is answered."""
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supernode import start_client_internal
+    from flwr.supernode.nodestate import NodeStateFactory
 
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-    gate: Gate = installed._verify_fab.__self__
-    assert gate.approvals.folder == state
+    internal: Any = start_client_internal
+
+    class AnsweredError(Exception):
+        pass
+
+    @contextmanager
+    def connect(*_: object) -> Iterator[tuple[Any, ...]]:
+        yield (1, server.receive, server.send, server.get_run, server.get_fab, *(server.pull_object, push, server.confirm))
+
+    def push(*parts: Any) -> None:
+        server.push_object(*parts)
+        if len(server.pushed) == len(get_all_nested_objects(server.sent[-1])):
+            server.over = True
+
+    def pause(_: float) -> None:
+        assert server.over
+        raise AnsweredError
+
+    monkeypatch.setattr(internal, "http_request_response", connect)
+    for name in ("_pull_and_store_message", "_push_messages", "time"):
+        monkeypatch.setattr(internal, name, getattr(internal, name))
+    monkeypatch.setattr(internal, "register_signal_handlers", lambda **_: None)
+    monkeypatch.setattr(internal, "log", lambda *_: None)
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    assert callable(supernode.install(state))
+    gate: Gate = internal._push_messages.__self__
+    monkeypatch.setattr(gate, "sleep", pause)
+    internal.time = Clock(pause)
     if approved:
-        gate.approvals.keep_pending(GOOD)
-        gate.approvals.approve(digest(GOOD))
-    message = Message(RecordDict(), dst_node_id=1, message_type="query.describe")
-    message.metadata.__dict__["_message_id"] = "asked"
-    kept: dict[str, Any] = {}
-    monkeypatch.setattr(installed, "_insert_message", lambda reply, *_: kept.setdefault("reply", reply))
-    monkeypatch.setattr(installed, "get_fused_config_from_fab", lambda *_: kept.setdefault("unpacked", {}))
-    node_state = SimpleNamespace(
-        get_run=lambda _: None,
-        get_node_id=lambda: 1,
-        get_run_series_context=lambda _: None,
-        set_run_series_context=lambda *_: None,
-        store_run=lambda _: None,
-        store_fab=lambda fab: kept.setdefault("fab", fab),
-        create_task=lambda **task: kept.setdefault("task", task) and None,
-    )
-    fab = Fab(digest(GOOD), GOOD)
-    monkeypatch.setattr(gate, "_connect", Flower().http_request_response)
-    monkeypatch.setattr(Flower, "get_fab", lambda *_: fab)
-    run = SimpleNamespace(fab_hash=digest(GOOD), series_id=1, primary_task_type="")
-    with installed.http_request_response() as (_, _, _, _, get_fab, *_):
-        installed._pull_and_store_message(
-            state=node_state,
-            object_store=None,
+        gate.approvals.approve(gate.approvals.keep_pending(GOOD))
+    with pytest.raises(AnsweredError):
+        internal.start_client_internal(
+            state_factory=NodeStateFactory(objectstore_factory=ObjectStoreFactory()),
+            server_address="127.0.0.1:9",
             node_config={},
-            receive=lambda: (message, None),
-            get_run=lambda _: run,
-            get_fab=get_fab,
-            pull_object=None,
-            confirm_message_received=None,
-            trusted_entities=trusted,
+            insecure=True,
+            isolation="process",
         )
-    if approved:
-        assert set(kept) == {"unpacked", "fab", "task"}
-        assert kept["fab"].content == GOOD
-    else:
-        assert set(kept) == {"reply"}
-        assert kept["reply"].error.reason == REFUSED
-        assert kept["reply"].metadata.reply_to_message_id == "asked"
-        assert gate.approvals.pending() == [digest(GOOD)]
+    [reply] = server.sent
+    assert len(asked) == approved
+    assert reply.has_content() == approved
+    assert approved or (reply.error.code, error_kind(reply.error.reason)) == (2, ("approval", REFUSED))
 
 
 def test_the_worker_folder_is_the_sites_alone(gate: Gate) -> None:

@@ -46,10 +46,20 @@ HOMES = {
 }
 PUBLIC_FLOWER = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
 # Flower gives a message no identity outside its own processes; the in-process federation has to.
-# The site's gate replaces parts of Flower's SuperNode, and refuses any other Flower than the one it was written for.
+# The site's gate replaces parts of Flower's SuperNode, our SuperLink one of Flower's; both refuse any other Flower than the one
+# that they were written for.
 PRIVATE_FLOWER = {
     "simulations/in_process.py": {"flwr.supercore.task_identity"},
-    "client/supernode.py": {"flwr.supercore.run", "flwr.supernode", "flwr.supernode.cli.flower_supernode"},
+    "client/supernode.py": {
+        "flwr.common.config",
+        "flwr.common.constant",
+        "flwr.supercore.inflatable.inflatable_object",
+        "flwr.supercore.inflatable.inflatable_utils",
+        "flwr.supercore.run",
+        "flwr.supernode",
+        "flwr.supernode.cli.flower_supernode",
+    },
+    "server/flower_superlink.py": {"flwr.superlink", "flwr.superlink.cli.flower_superlink"},
 }
 RUN_CODE = {"pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve"}
 

@@ -331,7 +331,7 @@ def test_sites_come_in_through_the_proxy_and_revoked_ones_go(trial: tuple[Path, 
 
 def superlink_processes(kit: Kit) -> list[int]:
     """The SuperLink itself, without what it has started."""
-    return [pid for pid in processes(kit.state) if b"flower-superlink" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [pid for pid in processes(kit.state) if b"server.flower_superlink" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.slow

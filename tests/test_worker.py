@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from client import warm
 from client.jobs import LENGTH, Job, decode_head, decoded, encode, receive, send
 from client.tasks import carry_out
-from client.warm import ALIVE, ROOT, SOCKET, Worker, ask_worker, connect, is_stopped, mark_stopped
+from client.warm import ALIVE, ROOT, SOCKET, Asker, Worker, connect, is_stopped, mark_stopped
+from client.warm import ask_worker as ask_worker_for
 from client.worker import Memory, Order, Server
 from core import service
 from core.config import load_config
@@ -38,6 +39,11 @@ TABLE = (
 )
 FEATURES = 3
 LONG = "local_steps=40000"  # more than any test waits for
+
+
+def ask_worker(job: Job) -> RecordDict:
+    """Ask as an app does in a process of its own."""
+    return ask_worker_for(job, Asker.this_app())
 
 
 # Records as bytes.
@@ -566,7 +572,7 @@ def test_of_another_owner_or_other_code_it_is_replaced(
         monkeypatch.setattr(warm, "ROOT", tmp_path / "code")
     asked: list[Worker] = []
 
-    def note(worker: Worker, _: Job) -> RecordDict:
+    def note(worker: Worker, *_: object) -> RecordDict:
         asked.append(replace(worker))
         worker.kill()
         return RecordDict()
@@ -577,6 +583,21 @@ def test_of_another_owner_or_other_code_it_is_replaced(
     assert asked[0].pid != process.pid
     assert asked[0].root == str(tmp_path / "code" if what == "root" else ROOT)
     assert asked[0].owner == os.getppid()
+    assert service._background[-1].wait(10) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_worker_that_speaks_another_way_is_replaced_and_then_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_for: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """As where the site's isocenter and the app are of versions too far apart."""
+    folder = warm.private_folder(warm.private_folder(tmp_path / "state") / "worker")
+    process = start_for(folder, os.getppid())
+    wait_for(lambda: responds(folder))
+    monkeypatch.setattr(warm, "PROTOCOL", 2)
+    with pytest.raises(SiteError, match=r"\[isocenter:worker\] its isocenter and the app must be of versions that understand"):
+        ask_worker(describing({"site": "a", "state-root": str(tmp_path / "state")}))
+    assert process.wait(10) == -signal.SIGKILL
     assert service._background[-1].wait(10) == -signal.SIGKILL
 
 
