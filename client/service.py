@@ -17,8 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from client.policy import SitePolicy, read_policy
-from client.state import private_folder
-from client.warm import STATUS
+from client.state import STATUS, private_folder
 from core.faults import SiteError
 from core.files import write_atomically
 from core.flower_env import end_processes, environment, free_port, plain

@@ -23,11 +23,11 @@ from core.finetuning import prediction_notes, privacy_notes, trained_names
 from core.log_lines import StandardStream
 from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, ordered_constants, split_constants
 from core.moments import Reference
-from core.privacy import DpSgd
 from core.report import write_report
 from core.report_record import RunRecord
 from core.run_file import read_run
 from core.scaling import standardisation_from, standardising
+from core.settings import DpSgd
 from core.stages import STAGES, StageName
 from core.starts import Start, StartError, load_start, read_start
 from server.average import check_enough
