@@ -614,6 +614,8 @@ def summary(evaluations: list[Evaluation]) -> list[str]:
     """The figures over all sites that a user looks for first, as aligned lines."""
     first = [e for wanted in SUMMARY for e in evaluations if e.site == "all" and (e.task, e.metric) == wanted]
     stages = list(dict.fromkeys(e.stage for e in evaluations))
+    if not first:
+        return ["no figures over all sites; the report says why"]
     ordered = sorted(first, key=lambda e: ({"age_sex_floor": 1, "chance": 2}.get(e.stage, 0), stages.index(e.stage)))
     return [f"{'stage':<18}{'task':<11}{'metric':<28}{'value':>8}  95 % interval"] + [
         f"{e.stage:<18}{e.task:<11}{e.metric:<28}{e.value:>8.3f}"

@@ -345,6 +345,7 @@ def test_the_summary_shows_what_is_looked_for_first() -> None:
         ["chance", "site", "balanced_accuracy"],
     ]
     assert len({line.index("0.500") for line in lines[1:]}) == 1
+    assert summary([row("pretrained", "age", "mae", "north")]) == ["no figures over all sites; the report says why"]
 
 
 # Answers that are not what was asked.
