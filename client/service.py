@@ -130,9 +130,8 @@ class Watch:
     @property
     def shut_out(self) -> str:
         """Why a server lets nobody in who has this key."""
-        return (
-            f"{self.kit.about.server} does not know this site's key, or it was revoked: {self.key}; the coordinator can tell which"
-        )
+        server = self.kit.about.server
+        return f"{server} does not know this site's key, or it was revoked: {self.key}; the coordinator can tell which"
 
     def line(self, text: str) -> None:
         """Take in a line that the SuperNode wrote."""

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from core.cli import app
 from server.consortium import read_consortium
 from server.provision import provision
+from simulations import cli
 from simulations.cli import free_name, mean_of, read_figures, register
 
 register(app)
@@ -97,6 +98,12 @@ def test_a_missing_folder_is_one_line_before_anything_starts(tmp_path: Path, mon
     assert done.output.strip().startswith("data.root: it must be an existing folder")
     assert len(done.output.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_that_has_no_app_to_send_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "APP", tmp_path)
+    done = RUNNER.invoke(app, ["run", "experiment=tiny", f"data.root={tmp_path}"])
+    assert (done.exit_code, "must be installed from its checkout" in done.output) == (1, True)
 
 
 def test_phantom_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:
