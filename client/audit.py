@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from core.config import RunConfig
-from core.exchange import describe_answer as describe_answer
-from core.privacy import DpSgd
+from core.settings import DpSgd
+
+if TYPE_CHECKING:
+    from core.config import RunConfig
 
 Entry = Mapping[str, Any]
 NO_HASH = "0" * 64
@@ -277,7 +278,7 @@ def epsilon_spent(entries: Sequence[Entry]) -> float:
     return float(sum(entry["epsilon"] or 0.0 for entry in entries))
 
 
-def epsilon_added(config: RunConfig, entries: Sequence[Entry], run: tuple[int, str]) -> float | None:
+def epsilon_added(config: "RunConfig", entries: Sequence[Entry], run: tuple[int, str]) -> float | None:
     """What one more round of fine-tuning in this run adds; None where nothing is guaranteed.
 
     The noise is made for the run's target, which all rounds of all its stages may spend together. The first of them therefore

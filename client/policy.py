@@ -9,16 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, cast, get_args
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, StrictBool, StrictInt, ValidationError, model_validator
 
 from client.audit import Entry, bytes_since, epsilon_added, epsilon_spent
-from core.config import Closed, RunConfig
 from core.data.manifest import MAX_UNUSABLE, SITE_NAME
-from core.moments import MomentPolicy
-from core.privacy import ClipAndNoise, DpSgd, PrivacyChoice
+from core.settings import ClipAndNoise, Closed, DpSgd, MomentPolicy, PrivacyChoice
+
+if TYPE_CHECKING:
+    from core.config import RunConfig
 
 Stage = Literal["describe", "pretrain", "debias", "finetune", "evaluate"]
 MomentKind = Literal["sums", "moments", "scanners", "hits", "probes"]
@@ -255,7 +256,7 @@ class SitePolicy(Closed):
     def refusal(
         self,
         message_type: str,
-        config: RunConfig,
+        config: "RunConfig",
         now: datetime,
         entries: Sequence[Entry] = (),
         run: tuple[int, str] = (0, ""),
@@ -290,7 +291,7 @@ class SitePolicy(Closed):
         return None
 
     def refusal_to_send(
-        self, message_type: str, size: int, config: RunConfig, now: datetime, entries: Sequence[Entry], run: tuple[int, str]
+        self, message_type: str, size: int, config: "RunConfig", now: datetime, entries: Sequence[Entry], run: tuple[int, str]
     ) -> Refusal | None:
         """Why an answer of ``size`` bytes does not leave, or None."""
         if self.max_megabytes is not None and size > self.max_megabytes * 1e6:
@@ -301,7 +302,7 @@ class SitePolicy(Closed):
             return Refusal("policy", sentence)
         return None
 
-    def _over_epsilon(self, config: RunConfig, entries: Sequence[Entry], run: tuple[int, str]) -> str | None:
+    def _over_epsilon(self, config: "RunConfig", entries: Sequence[Entry], run: tuple[int, str]) -> str | None:
         """The sentence of a ceiling that a round of fine-tuning would break."""
         if self.privacy.max_epsilon is None:
             return None
@@ -399,12 +400,12 @@ class Allowance:
     max_unusable: float
 
 
-def asked(config: RunConfig) -> Allowance:
+def asked(config: "RunConfig") -> Allowance:
     """What the run asks every site to keep at least."""
     return Allowance(config.policy.moment_policy(), config.policy.share_per_scan, config.data.max_unusable)
 
 
-def stricter(policy: SitePolicy, config: RunConfig) -> Allowance:
+def stricter(policy: SitePolicy, config: "RunConfig") -> Allowance:
     """The stricter of a site's policy and the run, in every field.
 
     Counts are rounded to a multiple of what both round to, so that each sees no finer ones than its own.

@@ -17,8 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from client.policy import SitePolicy, read_policy
-from client.state import private_folder
-from client.warm import STATUS
+from client.state import STATUS, private_folder
 from core.faults import SiteError
 from core.files import write_atomically
 from core.flower_env import end_processes, environment, free_port, plain
@@ -127,6 +126,12 @@ class Watch:
     attempts: int = 0
     told: str = field(default="")
 
+    @property
+    def shut_out(self) -> str:
+        """Why a server lets nobody in who has this key."""
+        server = self.kit.about.server
+        return f"{server} does not know this site's key, or it was revoked: {self.key}; the coordinator can tell which"
+
     def line(self, text: str) -> None:
         """Take in a line that the SuperNode wrote."""
         server = self.kit.about.server
@@ -142,9 +147,7 @@ class Watch:
             if time.monotonic() - self.last_connected < FORGET_S:
                 self.reason = "the server still holds the connection that was cut; it lets this site in again within a minute"
             else:
-                self.reason = (
-                    f"{server} does not know this site's key, or it was revoked: {self.key}; the coordinator can tell which"
-                )
+                self.reason = self.shut_out
         elif "Connection attempt failed" in text and not self.connected:
             self.attempts += 1
             if self.attempts >= ATTEMPTS:
@@ -152,7 +155,9 @@ class Watch:
 
     def ended(self, code: int) -> None:
         """Take in that the SuperNode ended."""
-        if self.connected:
+        if self.connected and code == 0:  # how Flower's ends unasked: the server no longer takes its key
+            self.last_connected, self.reason = -FORGET_S, self.shut_out
+        elif self.connected:
             self.last_connected = time.monotonic()
         self.connected, self.attempts = False, 0
         reason, self.reason = self.reason or f"its SuperNode ended with exit code {code}", ""

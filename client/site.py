@@ -12,7 +12,7 @@ from core.config import ConfigError, DataConfig, RunConfig
 from core.data.holdings import Holdings, open_holdings
 from core.data.site import Source, default_cache_root
 from core.faults import SiteError
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 from core.training import choose_device
 
 log = logging.getLogger("isocenter")

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from core.faults import SiteError
 
+STATUS = "status.json"
+"""Where the worker tells what it does."""
+
 
 def state_folder(node_config: Mapping[str, object]) -> Path | None:
     """``state-root``, or ``state`` beside the site's policy; None for a site that tells neither.

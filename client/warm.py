@@ -30,7 +30,6 @@ from core.service import leave_running
 
 ROOT = Path(__file__).parents[1]
 SOCKET, LOCK, ALIVE, STOPPED, LOG = "socket", "lock", "alive", "stopped", "worker.log"
-STATUS = "status.json"  # in the state folder
 START_S, HELLO_S, END_S = 120.0, 10.0, 10.0
 BEAT_S = 2.0
 SILENCE_S = 60.0  # without a beat, a worker is taken for frozen

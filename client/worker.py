@@ -23,8 +23,8 @@ from typing import Any
 from flwr.app import ConfigRecord, RecordDict
 
 from client.jobs import LENGTH, PROTOCOL, Job, decode_head, decoded, encode, receive, send
-from client.state import private_folder
-from client.warm import ALIVE, BEAT_S, ROOT, STATUS, held, is_stopped, mark_stopped, socket_path
+from client.state import STATUS, private_folder
+from client.warm import ALIVE, BEAT_S, ROOT, held, is_stopped, mark_stopped, socket_path
 from core import progress
 from core.faults import SiteError, incident
 from core.files import write_atomically

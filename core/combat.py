@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from core.messages import check_fields, notes_of
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 
 CONVERGENCE = 1e-4
 MAX_STEPS = 1000

@@ -21,9 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     InstanceOf,
@@ -45,8 +43,7 @@ from core.data.volumes import VolumeSettings
 from core.losses import OBJECTIVES, DecoupledConditional, EpsSupInfoNCE, FairKL, Joint, Kernel, Objective, SupCon
 from core.losses.fairkl import Divergence, Statistics
 from core.models import EncoderChoice
-from core.moments import MomentPolicy
-from core.privacy import DpSgd, PrivacyChoice
+from core.settings import Closed, DpSgd, MomentPolicy, PrivacyChoice
 from core.stages import STAGES, StageName
 from core.targets import Target
 
@@ -73,12 +70,6 @@ Views = Annotated[Annotated[ViewPolicy, Tag("images")] | Annotated[RowViewPolicy
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; one line that says what to change."""
-
-
-class Closed(BaseModel):
-    """A frozen set of keys: an unknown one is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
 
 
 class DataConfig(Closed, ABC):

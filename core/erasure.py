@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.moments import MomentPolicy, Reference
+from core.moments import Reference
+from core.settings import MomentPolicy
 
 AGE_CENTRE_YEARS, AGE_UNIT_YEARS = 50.0, 20.0
 FEATURES_A_DIRECTION = 20

@@ -45,8 +45,6 @@ from core.models import (
     num_erased,
     split_constants,
 )
-from core.moments import MomentPolicy
-from core.privacy import DpSgd
 from core.report import write_report
 from core.report_record import RunRecord
 from core.report_segmentation import draw_examples
@@ -64,6 +62,7 @@ from core.segmentation import (
     segmentation_scans,
     segmentation_validation_loss,
 )
+from core.settings import DpSgd, MomentPolicy
 from core.stages import STAGES, StageName
 from core.starts import Start, load_start, read_start
 from core.targets import TargetError

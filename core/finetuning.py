@@ -19,8 +19,9 @@ from core.data.views import DrawnRowViews, DrawnViews, RowViewPolicy, ViewPolicy
 from core.evaluation.predictions import MAIN_FIGURE, Predictions, resampled_figure
 from core.memory import keep_freed_memory
 from core.models import Classifier, Segmenter
-from core.privacy import NOT_COVERED, DpSgd, PrivateSteps, assert_private
+from core.privacy import NOT_COVERED, PrivateSteps, assert_private
 from core.seeding import generator, seed
+from core.settings import DpSgd
 from core.stages import STAGES, StageName
 from core.targets import Target, TargetError
 from core.training import TrainResult, embed, learning_rate, mixed_precision, take_steps

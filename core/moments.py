@@ -12,34 +12,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from core.settings import MomentPolicy
+
 AGE = "age_years"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MomentPolicy:
-    """What a site lets out about a group; fewer subjects than this tell who is in it (membership inference).
-
-    Attributes:
-        min_group: smallest group whose mean may be sent.
-        diagonal_subjects: fewest subjects of a site whose sum of squares of each feature may be sent.
-        covariance_subjects_per_feature: a full covariance needs this many subjects for each feature.
-        round_counts_to: counts are sent rounded to a multiple of this, at least one multiple.
-    """
-
-    min_group: int = 10
-    diagonal_subjects: int = 60
-    covariance_subjects_per_feature: int = 12
-    round_counts_to: int = 5
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            least = 0 if field.name == "covariance_subjects_per_feature" else 1
-            if getattr(self, field.name) < least:
-                raise ValueError(f"site policy: {field.name} must be at least {least}, got {getattr(self, field.name)!r}.")
-
-    def rounded(self, count: int) -> int:
-        """A count as it may be sent."""
-        return self.round_counts_to * max(1, round(count / self.round_counts_to))
 
 
 @dataclass(frozen=True)

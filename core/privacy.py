@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from core.models import assert_no_batchnorm
+from core.settings import LARGEST_EPSILON, ClipAndNoise, DpSgd, PrivacyChoice
 
 State = dict[str, Tensor]
 Accountant = Literal["prv", "rdp"]
 
-LARGEST_EPSILON = 100.0
-"""Above it a guarantee says nothing, and the exact accountant needs gigabytes."""
 NOT_COVERED = (
     "the encoder that fine-tuning starts from, and all else that a site tells: moments, metrics, predictions, logs, seconds",
     "the choice of hyper-parameters and of the best of several runs on these subjects",
@@ -32,68 +31,6 @@ NOT_COVERED = (
     "preprocessing that looks at all subjects: an eraser, ComBat, standardisation, class weights, a fraction of each class",
     "a subject registered at several sites, whose epsilons add up",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoHardening:
-    """``privacy=none``: the site's weights leave as they are."""
-
-    name: Literal["none"] = "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipAndNoise:
-    """``privacy=clip_and_noise``: the site's update is clipped to a norm and Gaussian noise is added.
-
-    Attributes:
-        clip_norm: largest L2 norm of the update over all weights; infinite leaves it as it is.
-        noise_multiplier: standard deviation of the noise, in units of ``clip_norm``.
-    """
-
-    name: Literal["clip_and_noise"] = "clip_and_noise"
-    clip_norm: float = 10.0
-    noise_multiplier: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.clip_norm > 0:
-            raise ValueError(f"privacy: clip_norm must be positive, got {self.clip_norm!r}.")
-        if not 0 <= self.noise_multiplier < float("inf"):
-            raise ValueError(f"privacy: noise_multiplier must be finite and at least 0, got {self.noise_multiplier!r}.")
-        if self.noise_multiplier > 0 and self.clip_norm == float("inf"):
-            raise ValueError("privacy: clip_norm must be finite when noise is added, got inf: noise scales with it.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DpSgd:
-    """``privacy=dp_sgd``: each step of fine-tuning clips what a subject adds to it, and adds noise (Abadi et al. 2016).
-
-    Attributes:
-        target_epsilon: what all steps of fine-tuning at a site may spend; infinite clips without noise and guarantees nothing.
-        delta: probability with which more may be lost; less than 1 / number of subjects.
-        clip_norm: largest L2 norm of one subject's gradient over all trained weights.
-        adjacency: ``zero_out``: the guarantee compares a subject whose scans are there with the same subject whose scans are
-            missing and add nothing (Kairouz et al. 2021). A subject exchanged for another moves a step by up to twice as much.
-    """
-
-    name: Literal["dp_sgd"] = "dp_sgd"
-    target_epsilon: float = 8.0
-    delta: float = 1e-5
-    clip_norm: float = 1.0
-    adjacency: Literal["zero_out"] = "zero_out"
-
-    def __post_init__(self) -> None:
-        if not (0.02 <= self.target_epsilon <= LARGEST_EPSILON or self.target_epsilon == math.inf):
-            raise ValueError(
-                f"privacy: target_epsilon must be from 0.02 to {LARGEST_EPSILON:g}, got {self.target_epsilon!r}. More guarantees "
-                "nothing: inf clips without noise."
-            )
-        if not 0 < self.delta < 1:
-            raise ValueError(f"privacy: delta must be between 0 and 1, got {self.delta!r}. 1e-5 suits up to 10000 subjects.")
-        if not 0 < self.clip_norm < math.inf:
-            raise ValueError(f"privacy: clip_norm must be positive and finite, got {self.clip_norm!r}: noise scales with it.")
-
-
-PrivacyChoice = NoHardening | ClipAndNoise | DpSgd
 
 
 def secret_uniform(num: int) -> Tensor:

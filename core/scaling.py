@@ -10,7 +10,8 @@ from torch import Tensor
 
 from core.erasure import Eraser
 from core.models import CONSTANTS
-from core.moments import MomentPolicy, Reference, feature_sums, reference_from
+from core.moments import Reference, feature_sums, reference_from
+from core.settings import MomentPolicy
 
 
 def input_sums(rows_NI: Tensor, policy: MomentPolicy) -> Tensor:

@@ -23,8 +23,8 @@ from core.data.views import DrawnViews, ViewPolicy
 from core.evaluation.intervals import Evaluation, NotEvaluableError, subject_bootstrap
 from core.finetuning import batches_of_round, finetuning_views, parameter_groups, trained_parts
 from core.models import Segmenter
-from core.privacy import DpSgd
 from core.seeding import generator, seed
+from core.settings import DpSgd
 from core.stages import StageName
 from core.training import TrainResult, mixed_precision, take_steps
 

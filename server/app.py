@@ -23,11 +23,11 @@ from core.finetuning import prediction_notes, privacy_notes, trained_names
 from core.log_lines import StandardStream
 from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, ordered_constants, split_constants
 from core.moments import Reference
-from core.privacy import DpSgd
 from core.report import write_report
 from core.report_record import RunRecord
 from core.run_file import read_run
 from core.scaling import standardisation_from, standardising
+from core.settings import DpSgd
 from core.stages import STAGES, StageName
 from core.starts import Start, StartError, load_start, read_start
 from server.average import check_enough
@@ -614,6 +614,8 @@ def summary(evaluations: list[Evaluation]) -> list[str]:
     """The figures over all sites that a user looks for first, as aligned lines."""
     first = [e for wanted in SUMMARY for e in evaluations if e.site == "all" and (e.task, e.metric) == wanted]
     stages = list(dict.fromkeys(e.stage for e in evaluations))
+    if not first:
+        return ["no figures over all sites; the report says why"]
     ordered = sorted(first, key=lambda e: ({"age_sex_floor": 1, "chance": 2}.get(e.stage, 0), stages.index(e.stage)))
     return [f"{'stage':<18}{'task':<11}{'metric':<28}{'value':>8}  95 % interval"] + [
         f"{e.stage:<18}{e.task:<11}{e.metric:<28}{e.value:>8.3f}"

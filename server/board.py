@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.files import write_atomically
-from server.grid import PatientGrid, told
+
+if TYPE_CHECKING:
+    from server.grid import PatientGrid
 
 STATUS = "status.json"
 OFTEN_S = 1.0
@@ -26,7 +28,7 @@ class Board:
         local_steps: how many a round has, by stage.
     """
 
-    def __init__(self, folder: Path, grid: PatientGrid, rounds: Mapping[str, int], local_steps: Mapping[str, int]) -> None:
+    def __init__(self, folder: Path, grid: "PatientGrid", rounds: Mapping[str, int], local_steps: Mapping[str, int]) -> None:
         self.folder, self.grid, self.rounds, self.local_steps = folder, grid, rounds, local_steps
         self.about: dict[str, dict[str, object]] = {}
         self.usual_s: dict[str, float] = {}
@@ -75,7 +77,7 @@ class Board:
         if debt is None:
             return entry | {"does": "waits"}
         training = debt.message_type.startswith("train.")
-        entry |= {"does": "trains" if training else "answers", "task": told(debt), "for_s": round(now - debt.asked, 1)}
+        entry |= {"does": "trains" if training else "answers", "task": debt.words, "for_s": round(now - debt.asked, 1)}
         entry["behind"] = node in self.grid.debts
         if training and name in self.usual_s:
             entry["usual_s"] = round(self.usual_s[name], 1)

@@ -64,10 +64,13 @@ At = Annotated[Path | None, typer.Option(help="The server's kit; without it, RUN
 def run_folder(run: Path | None, at: Path | None) -> Path:
     """The folder that is meant; exit 1 with the reason where there is none."""
     from server.board import newest_run
-    from server.superlink import open_kit
 
     try:
-        runs = (open_kit(at).state if at is not None else Path()) / "runs"
+        runs = Path("runs")
+        if at is not None:
+            from server.superlink import open_kit
+
+            runs = open_kit(at).state / "runs"
         if run is not None:
             return run if (run / "run.json").exists() or at is None else runs / run
         return newest_run(list(runs.iterdir()) if runs.is_dir() else [])

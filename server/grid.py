@@ -44,6 +44,18 @@ class Debt:
     stage: str
     asked: float
 
+    @property
+    def words(self) -> str:
+        """The question for people.
+
+        >>> Debt("", "train.pretrain", 3, "pretrain", 0.0).words, Debt("", "query.describe", None, "", 0.0).words
+        ('pretrain round 3', 'describe')
+        """
+        what = self.message_type.partition(".")[2]
+        if self.round_number is None:
+            return what
+        return f"{self.stage} round {self.round_number}" + ("" if self.message_type.startswith("train.") else f" ({what})")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -146,7 +158,7 @@ class PatientGrid:
             if debt := self.debts.get(node):
                 self.unanswered[node] = (
                     "busy",
-                    f"still works on {told(debt)}, for {self.owes_s(node):.0f} s; nothing was sent.",
+                    f"still works on {debt.words}, for {self.owes_s(node):.0f} s; nothing was sent.",
                 )
             elif node not in connected:
                 self.unanswered[node] = ("away", "is not connected; nothing was sent.")
@@ -246,7 +258,7 @@ class PatientGrid:
             debt = self.debts.pop(node)
             if not message.has_error() and debt.message_type.startswith("train."):
                 self.late[node] = (debt, message)
-            log.info("%s has %s %s, late", self.name(node), "failed at" if message.has_error() else "answered", told(debt))
+            log.info("%s has %s %s, late", self.name(node), "failed at" if message.has_error() else "answered", debt.words)
         return replies
 
     def collect_late(self) -> None:
@@ -271,7 +283,7 @@ class PatientGrid:
         connected = self.connected()
         for node, debt in sorted(self.waiting.items(), key=lambda item: self.name(item[0])):
             state = "it is connected" if node in connected else "it is NOT connected"
-            log.info("waiting for %s, asked for %s %.0f s ago; %s", self.name(node), told(debt), now - debt.asked, state)
+            log.info("waiting for %s, asked for %s %.0f s ago; %s", self.name(node), debt.words, now - debt.asked, state)
 
     def wait_until_connected(self, nodes: Iterable[int], enough: int, limit_s: float) -> set[int]:
         """Wait for enough of the nodes to be connected, naming the missing every minute; those that are connected in the end.
@@ -315,18 +327,6 @@ class PatientGrid:
                 log.warning("the SuperLink cannot be reached (%s), trying again", type(error).__name__)
             return otherwise
         return found
-
-
-def told(debt: Debt) -> str:
-    """A question in words.
-
-    >>> told(Debt("", "train.pretrain", 3, "pretrain", 0.0)), told(Debt("", "query.describe", None, "", 0.0))
-    ('pretrain round 3', 'describe')
-    """
-    what = debt.message_type.partition(".")[2]
-    if debt.round_number is None:
-        return what
-    return f"{debt.stage} round {debt.round_number}" + ("" if debt.message_type.startswith("train.") else f" ({what})")
 
 
 def by_name(nodes: Mapping[int, str]) -> list[tuple[int, str]]:

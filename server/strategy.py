@@ -37,7 +37,7 @@ from core.exchange import (
 )
 from core.moments import GroupMoments, Reference, concatenate, reference_from
 from server.average import aggregator, cap_weights, check_enough
-from server.grid import Debt, Pace, Rule, told
+from server.grid import Debt, Pace, Rule
 from server.guard import NO_TERMS, UpdateGuard, read_about, read_count, read_update, scaled, update_norm
 from server.resume import TAKES_PART, Resumed, StageState, keep_round, last_round
 from server.sites import FORGETFUL, Answer, Failures, Node, RunError, Sites, reasons
@@ -442,7 +442,7 @@ class SiteRounds(FedAvg):
         self.sites.count((reply for _, reply in self.sites.grid.late.values()), "from sites")
         for node, (debt, reply) in self.sites.grid.late.items():
             site = self.nodes.get(node) or self.sites.grid.name(node)
-            self.late[site] = f"{told(debt)}: dropped"
+            self.late[site] = f"{debt.words}: dropped"
             if node in chosen and site not in answers:
                 read, unread = self.sites.sort({node: site}, [reply])
                 answers |= read
@@ -450,7 +450,7 @@ class SiteRounds(FedAvg):
                 if site in read:
                     taken.append(reply)
                     rounds[site] = cast(int, debt.round_number)
-                    self.late[site] = f"{told(debt)}: taken"
+                    self.late[site] = f"{debt.words}: taken"
             log.info("%s had answered late, its answer to %s", site, self.late[site])
         self.sites.grid.late.clear()
         return taken, rounds

@@ -29,8 +29,8 @@ from core.data.table import FeatureRows
 from core.evaluation.embeddings import Embeddings
 from core.finetuning import labelled, num_classes
 from core.models import Pretrainer, RowEncoder, build_pretrainer, num_erased
-from core.privacy import NoHardening
 from core.scaling import input_sums, standardisation_from, standardising
+from core.settings import NoHardening
 from core.training import embed, pretraining_scans
 from server.app import Results, choose_sites, choose_targets
 from server.sites import Node

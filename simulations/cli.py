@@ -63,6 +63,7 @@ def submit_in(folder: Path, server: Path, overrides: list[str], deadline_minutes
     kit = open_kit(server)
     if not kit.service.is_running():
         fail(f"run: the server must run, got none. Start it with `isocenter server start {server}`.")
+    check_checkout()
     folder.mkdir(parents=True, exist_ok=True)
     log_path = folder / free_name(folder, "flower.log")
     typer.echo(f"run {folder.name} at the sites of {kit.about.consortium}; everything Flower says goes to {log_path}")
@@ -80,8 +81,10 @@ def submit_in(folder: Path, server: Path, overrides: list[str], deadline_minutes
 
 def ended_well(folder: Path, outcome: "Outcome", log_path: Path, options: str = "") -> Path:
     """The folder of a run that finished and wrote its report; exit 1 with the reason where it did not."""
+    from core.run_file import RUN_FILE
+
     if not outcome.ok or not (folder / "report.html").is_file():
-        again = f"; `isocenter resume {folder}{options}` goes on with it" if (folder / "rounds.jsonl").is_file() else ""
+        again = f"; `isocenter resume {folder}{options}` goes on with it" if (folder / RUN_FILE).is_file() else ""
         fail(f"the run did not finish: {outcome.status} {outcome.details}\nsee {log_path}{again}")
     typer.echo(f"finished in {outcome.seconds:.0f} s")
     return folder
@@ -141,8 +144,7 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     config = checked(overrides)
     if config.resume:
         fail("run: resume must be false, got True. Go on with a run by `isocenter resume`.")
-    if not (APP / "pyproject.toml").is_file():
-        fail("run: Isocenter must be installed from its checkout (pip install -e .), got a copy without pyproject.toml.")
+    check_checkout()
     output = (config.output or Path("runs")).resolve()
     places = {key: path.resolve() for key, path in config.data.places.items() if path is not None}
     if config.data.root is None:
@@ -154,6 +156,12 @@ def simulate_run(overrides: list[str], deadline_minutes: float) -> Path:
     here = [f"data.{key}={quoted(str(path))}" for key, path in places.items()]
     folder = output / free_name(output, config.name)
     return simulate_in(folder, [*overrides, *here, *placed(folder)], deadline_minutes)
+
+
+def check_checkout() -> None:
+    """Exit 1 where there is no app to send: Flower packs it from the checkout."""
+    if not (APP / "pyproject.toml").is_file():
+        fail("run: Isocenter must be installed from its checkout (pip install -e .), got a copy without pyproject.toml.")
 
 
 def simulate_in(folder: Path, overrides: list[str], deadline_minutes: float) -> Path:

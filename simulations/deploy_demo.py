@@ -8,18 +8,21 @@ code 1. The commands are those of a deployment; only the addresses are this mach
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from client.service import CONNECTION, open_kit
 from core.flower_env import free_port
+from core.keys import new_site_key
 from simulations.consortium import wait_until
 from simulations.workplace import StartError
 
@@ -27,6 +30,7 @@ SITES = ("harbor", "hill", "south")
 SCALE = "0.3"
 LIMIT_S = 120.0
 RUN = ("experiment=tiny", "data=sites", "name=demo", "num_rounds=3", "policy.min_group=2")
+UNKNOWN = "does not know this site's key"
 POLICY = """site: {site}
 data: {{root: {data}}}
 cache_root: {home}/cache
@@ -40,23 +44,39 @@ class DemoError(RuntimeError):
     """Something did not happen as it should; the text says what."""
 
 
-def command(*arguments: str, home: Path, ok: bool = True, show: bool = True) -> str:
+def command(*arguments: str, home: Path, ok: bool = True, on_line: Callable[[str], None] = lambda _: None) -> str:
     """Run an `isocenter` command as on a machine of its own, and return what it printed.
+
+    Args:
+        arguments: of the command.
+        home: of its user.
+        ok: whether it must succeed; otherwise it must fail.
+        on_line: called with each line as it comes.
 
     Raises:
         DemoError: it succeeded where it should not, or failed where it should.
     """
     shown = " ".join(arguments)
-    if show:
-        typer.secho(f"$ isocenter {shown}", dim=True)
-    environment = {**os.environ, "HOME": str(home), "COLUMNS": "200"}
+    typer.secho(f"$ isocenter {shown}", dim=True)
+    environment = {**os.environ, "HOME": str(home), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     script = str(Path(sys.executable).with_name("isocenter"))
-    done = subprocess.run(
-        [script, *arguments], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
-    )
-    if (done.returncode == 0) is not ok:
-        raise DemoError(f"isocenter {shown}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+    quietly: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    lines = []
+    with subprocess.Popen([script, *arguments], env=environment, text=True, **quietly) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            on_line(line)
+            lines.append(line)
+    if (process.returncode == 0) is not ok:
+        raise DemoError(f"isocenter {shown}: exit code {process.returncode}\n{''.join(lines)}")
+    return "".join(lines)
+
+
+def at_each(*arguments: str, homes: Sequence[Path]) -> list[str]:
+    """Run an `isocenter` command on the kits in several homes at the same time; what each printed."""
+    verbs, options = arguments[:2], arguments[2:]
+    with ThreadPoolExecutor(len(homes)) as pool:
+        return list(pool.map(lambda home: command(*verbs, str(home / "kit"), *options, home=home), homes))
 
 
 def first(pattern: str, text: str, what: str) -> str:
@@ -123,90 +143,68 @@ def demonstrate(folder: Path, overrides: Sequence[str]) -> Path:
     say(command("site", "init", str(homes["south"] / "kit"), home=homes["south"]))
     say(command(*provision, "--request", str(homes["south"] / "kit" / "south.csr"), home=coordinator))
     shutil.copytree(kits / "server", server / "kit")
+    strangers = uninvited(folder, kits, port)
 
-    running = [("server", server)]
+    services = [*homes.values(), *strangers]
     try:
-        heading("The server and the sites, each a process of its own")
+        heading("The server, the sites, a key that nobody registered, and a kit of another authority, each a process of its own")
         say(command("server", "start", str(server / "kit"), "--background", home=server))
-        for home in homes.values():
-            running.append(("site", home))
-            say(command("site", "start", str(home / "kit"), "--background", home=home))
-        wait_until(lambda: all_connected(server), "all sites connected", LIMIT_S)
+        at_each("site", "start", "--background", homes=services)
+        for home in services:
+            say(told(home, strangers.get(home, "is connected")))
         say(command("server", "status", str(server / "kit"), home=server))
-
-        heading("A key that nobody registered, and a kit of another authority")
-        for reason, home in uninvited(folder, kits, port).items():
-            running.append(("site", home))
-            say(command("site", "start", str(home / "kit"), "--background", home=home))
-            wait_until(partial(refused_for, home, reason), f"{home.name} refused", LIMIT_S)
-            say(f"{home.name}: {first(reason, standing(home), home.name)}")
-            say(command("site", "stop", str(home / "kit"), home=home))
-            running.pop()
+        at_each("site", "stop", homes=list(strangers))
+        services = list(homes.values())
 
         heading("An app that no site has approved")
         refused = command("run", "--at", str(server / "kit"), *overrides, home=server, ok=False)
         say(first("must approve the app", refused, "unapproved app"))
-        for site, home in homes.items():
-            shown = command("site", "approve", str(home / "kit"), "--yes", home=home)
-            typer.echo(f"{site}: {shown.strip().splitlines()[-1]}")
+        again = first("goes on with it", refused, "how to go on").partition("`isocenter ")[2].partition("`")[0]
+        for site, shown in zip(homes, at_each("site", "approve", "--yes", homes=services), strict=True):
+            typer.echo(f"{site}: {first('^approved', shown, site)}")
 
         heading("The run")
-        told = command("run", "--at", str(server / "kit"), *overrides, home=server)
-        say(told)
-        report = Path(first("^open ", told, "the run's report").removeprefix("open "))
+        ran = command(*shlex.split(again), home=server, on_line=say)
+        report = Path(first("^open ", ran, "the run's report").removeprefix("open "))
 
-        heading("A site that was revoked")
+        heading("A site that was revoked, and what left each, by its own log")
         say(command(*provision, "--revoke", "hill", home=coordinator))
         shutil.copy(kits / "server" / "sites.json", server / "kit" / "sites.json")
-        wait_until(partial(refused_for, homes["hill"], "does not know this site's key"), "hill shut out", LIMIT_S)
-        say(f"hill: {first('does not know', standing(homes['hill']), 'hill')}")
-
-        heading("What left each site, by its own log")
-        for site, home in homes.items():
-            shown = command("site", "audit", str(home / "kit"), "--last", "3", home=home)
+        for site, shown in zip(homes, at_each("site", "audit", "--last", "3", homes=services), strict=True):
             typer.echo(f"{site}: {first('is whole', shown, site)}")
+        say(told(homes["hill"], UNKNOWN))
     finally:
-        for kind, home in reversed(running):
-            command(kind, "stop", str(home / "kit"), home=home)
+        at_each("site", "stop", homes=services)
+        at_each("server", "stop", homes=[server])
     return report
 
 
-def uninvited(folder: Path, kits: Path, port: int) -> dict[str, Path]:
-    """Homes of two who want to take part and may not, by what they will be told."""
-    from core.keys import new_site_key
-
-    homes = {name: folder / name for name in ("stranger", "elsewhere")}
-    shutil.copytree(kits / "sites" / "harbor", homes["stranger"] / "kit")
+def uninvited(folder: Path, kits: Path, port: int) -> dict[Path, str]:
+    """Homes of two who want to take part and may not, and what each will be told."""
+    stranger, elsewhere = folder / "stranger", folder / "elsewhere"
+    shutil.copytree(kits / "sites" / "harbor", stranger / "kit")
     for name in ("site.key", "site.pub"):
-        (homes["stranger"] / "kit" / name).unlink()
-    new_site_key(homes["stranger"] / "kit" / "site.key")
-    plan = homes["elsewhere"] / "other.yaml"
+        (stranger / "kit" / name).unlink()
+    new_site_key(stranger / "kit" / "site.key")
+    plan = elsewhere / "other.yaml"
     plan.parent.mkdir()
     plan.write_text(f"consortium: valleys\nserver: 127.0.0.1:{port}\ncontrol_port: {port}\nsites: [harbor]\n", encoding="utf-8")
-    command("provision", str(plan), "--output", str(homes["elsewhere"] / "valleys"), home=homes["elsewhere"])
-    shutil.copytree(homes["elsewhere"] / "valleys" / "sites" / "harbor", homes["elsewhere"] / "kit")
-    for home in homes.values():
+    command("provision", str(plan), "--output", str(elsewhere / "valleys"), home=elsewhere)
+    shutil.copytree(elsewhere / "valleys" / "sites" / "harbor", elsewhere / "kit")
+    for home in (stranger, elsewhere):
         home.chmod(0o700)
-    return {"does not know this site's key": homes["stranger"], "consortium's certificate": homes["elsewhere"]}
+    return {stranger: UNKNOWN, elsewhere: "consortium's certificate"}
 
 
-def all_connected(server: Path) -> bool:
-    """Whether the server sees every site."""
-    try:
-        command("server", "status", str(server / "kit"), home=server, show=False)
-    except DemoError:
-        return False
-    return True
+def told(home: Path, words: str) -> str:
+    """What a site says of its connection, as `isocenter site status` does, once it says these words.
 
-
-def standing(home: Path) -> str:
-    """What a site says of its connection."""
-    return command("site", "status", str(home / "kit"), home=home, show=False)
-
-
-def refused_for(home: Path, reason: str) -> bool:
-    """Whether a site says that it is not let in for this reason."""
-    return reason in standing(home)
+    Raises:
+        StartError: it does not in time.
+    """
+    kit = open_kit(home / "kit")
+    wait_until(lambda: words in kit.status(CONNECTION).get("words", ""), f"{home.name}: {words}", LIMIT_S)
+    return f"{home.name}: {kit.status(CONNECTION)['words']}"
 
 
 def heading(text: str) -> None:

@@ -23,7 +23,7 @@ from core.data.volumes import VolumeSettings, load_volume
 from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.models import Pretrainer, build_pretrainer
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 from simulations.age_maps import healthy_embeddings
 from simulations.cohort import CONSORTIUM, PRETRAINING_SITES, Scanner, acquire, draw_anatomy
 from simulations.planted_measures import (

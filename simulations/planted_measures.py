@@ -19,8 +19,8 @@ from core.evaluation.intervals import Evaluation, subject_bootstrap
 from core.evaluation.outcomes import Notes
 from core.evaluation.probes import age_error
 from core.evaluation.spread import spread_outcomes
-from core.moments import MomentPolicy
 from core.scaling import input_sums, standardisation_from
+from core.settings import MomentPolicy
 
 Floats = NDArray[np.float64]
 Figure3 = tuple[float, float, float]

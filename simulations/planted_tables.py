@@ -21,7 +21,7 @@ from core.erasure import Eraser
 from core.evaluation.embeddings import Embeddings
 from core.evaluation.probes import chance_and_floor, site_predictability
 from core.models import RowEncoder, build_pretrainer, num_erased
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 from simulations.planted_measures import (
     Figure3,
     Floats,

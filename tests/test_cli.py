@@ -1,12 +1,17 @@
 """The console script: help that teaches, mistakes in one line, exit codes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from core.cli import app
+from server.consortium import read_consortium
+from server.provision import provision
+from simulations import cli
 from simulations.cli import free_name, mean_of, read_figures, register
 
 register(app)
@@ -17,6 +22,59 @@ def test_help_names_every_command_and_option() -> None:
     text = RUNNER.invoke(app, ["--help"]).output
     assert all(command in text for command in ("run", "compare", "phantom", "config", "evaluate"))
     assert "deadline" in RUNNER.invoke(app, ["run", "--help"]).output
+
+
+HEAVY = ("torch", "monai", "flwr", "hydra", "numpy", "sklearn", "matplotlib", "pandas")
+"""What takes seconds to import, and no command that only looks, starts or stops needs."""
+WATCHED = f"""
+import sys
+from core.cli import main
+sys.argv[0] = "isocenter"
+try:
+    main()
+finally:
+    print("imported:", *sorted(set({HEAVY}) & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kits of a consortium, and a run that has ended."""
+    folder = tmp_path_factory.mktemp("kits")
+    plan = folder / "hills.yaml"
+    plan.write_text("consortium: hills\nserver: 127.0.0.1:443\nsites: [hill]\n")
+    provision(read_consortium(plan), folder / "hills")
+    (folder / "hills" / "sites" / "hill" / "site.yaml").write_text("site: hill\ndata: {root: /data}\n")
+    (folder / "run").mkdir()
+    about = {"state": "finished", "words": "", "stage": "", "round": None, "told": "2026-03-01T09:00:00+00:00", "sites": {}}
+    (folder / "run" / "status.json").write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("--help", 0),
+        ("provision hills.yaml", 0),
+        ("status run", 0),
+        ("watch run", 0),
+        ("server status hills/server", 1),
+        ("server stop hills/server", 0),
+        ("server start hills/none --background", 1),
+        ("site init hills/sites/hill", 0),
+        ("site policy hills/sites/hill", 0),
+        ("site status hills/sites/hill", 3),
+        ("site audit hills/sites/hill", 0),
+        ("site approve hills/sites/hill", 0),
+        ("site stop hills/sites/hill", 0),
+        ("site start hills/sites --background", 1),
+    ],
+)
+def test_commands_of_operators_import_nothing_that_takes_seconds(kits: Path, command: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, *command.split()], cwd=kits, text=True, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (code, "imported:"), done.stdout + done.stderr
 
 
 def test_config_prints_what_a_run_would_have() -> None:
@@ -40,6 +98,12 @@ def test_a_missing_folder_is_one_line_before_anything_starts(tmp_path: Path, mon
     assert done.output.strip().startswith("data.root: it must be an existing folder")
     assert len(done.output.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_that_has_no_app_to_send_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "APP", tmp_path)
+    done = RUNNER.invoke(app, ["run", "experiment=tiny", f"data.root={tmp_path}"])
+    assert (done.exit_code, "must be installed from its checkout" in done.output) == (1, True)
 
 
 def test_phantom_refuses_a_folder_that_holds_something_else(tmp_path: Path) -> None:

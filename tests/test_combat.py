@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.combat import BatchMoments, Combat, batch_moments, fit_combat, pooled_combat
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 WHY_NOT = "../shared/golden is not here: the authors' numbers lie beside the checkout, not in it"

@@ -16,7 +16,8 @@ from core.erasure import (
     scanner_sums,
     told_scanners,
 )
-from core.moments import MomentPolicy, Reference
+from core.moments import Reference
+from core.settings import MomentPolicy
 
 ALL = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
 Site = dict[str, torch.Tensor]

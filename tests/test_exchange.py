@@ -26,7 +26,8 @@ from core.exchange import (
     unpack_groups,
 )
 from core.faults import SiteError, error_kind
-from core.moments import GroupMoments, MomentPolicy, site_moments
+from core.moments import GroupMoments, site_moments
+from core.settings import MomentPolicy
 from simulations.in_process import run_in_process
 
 

@@ -13,7 +13,6 @@ from core.losses import EmbeddedViews, EnD, FairKL, Kernel, ReleasedFairKL
 from core.losses.fairkl import gaussian_kl
 from core.moments import (
     GroupMoments,
-    MomentPolicy,
     Reference,
     age_groups,
     concatenate,
@@ -23,6 +22,7 @@ from core.moments import (
     site_moments,
     told_subjects,
 )
+from core.settings import MomentPolicy
 
 NAN = math.nan
 EXACT = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)

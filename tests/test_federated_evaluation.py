@@ -37,9 +37,9 @@ from core.evaluation.reading import read_representations
 from core.evaluation.score_sums import ScoreCounts, area_variance
 from core.evaluation.sums import random_directions, subject_folds
 from core.exchange import ExchangeError, pack_message, unpack_message
-from core.moments import MomentPolicy
 from core.report import write_report
 from core.report_record import RunRecord
+from core.settings import MomentPolicy
 from server.app import about_traffic, summary, traffic_by_kind
 from server.app import app as server_app
 from server.sites import RunError
@@ -345,6 +345,7 @@ def test_the_summary_shows_what_is_looked_for_first() -> None:
         ["chance", "site", "balanced_accuracy"],
     ]
     assert len({line.index("0.500") for line in lines[1:]}) == 1
+    assert summary([row("pretrained", "age", "mae", "north")]) == ["no figures over all sites; the report says why"]
 
 
 # Answers that are not what was asked.

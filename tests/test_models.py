@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from core.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from core.config import load_config
 from core.models import Classifier, SmallEncoder, assert_no_batchnorm, build_classifier, build_pretrainer
-from core.privacy import ClipAndNoise, NoHardening, harden
+from core.privacy import harden
+from core.settings import ClipAndNoise, NoHardening
 
 
 @pytest.mark.parametrize(("name", "features"), [("small", 128), ("resnet18", 512), ("densenet121", 1024)])

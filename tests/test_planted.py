@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from core.evaluation.embeddings import Embeddings
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 from simulations import planted
 from simulations.planted_images import Counterfactual, components, counterfactual_share
 from simulations.planted_measures import beyond, fitted_eraser, given_columns, planted_share, projector_gap, recovered_share

@@ -40,7 +40,7 @@ from client.site import Site, limit_resources, this_site
 from core.cli import app
 from core.config import RunConfig, compose_plain, load_config, quoted
 from core.faults import SiteError
-from core.privacy import DpSgd
+from core.settings import DpSgd
 from server.sites import RunError
 
 Federate = Callable[..., Path]

@@ -14,8 +14,6 @@ from core.losses import NTXent
 from core.models import Classifier, Encoder, SmallEncoder
 from core.privacy import (
     NOT_COVERED,
-    ClipAndNoise,
-    DpSgd,
     Guarantee,
     PrivateSteps,
     assert_private,
@@ -26,6 +24,7 @@ from core.privacy import (
     secret_normal,
     secret_uniform,
 )
+from core.settings import ClipAndNoise, DpSgd
 
 Subject = tuple[Tensor, Tensor]
 """Inputs of a subject's scans, and the number to tell of each."""

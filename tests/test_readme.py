@@ -1,11 +1,13 @@
 """Every command of the README is run: by CI itself, or here."""
 
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from core.checkpoint import load_checkpoint
-from simulations.workplace import workplace
+from core.flower_env import free_port
+from core.service import Service
+from simulations.workplace import Workplace, workplace
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"<!-- run in: (\w+) -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -21,31 +25,58 @@ BLOCKS = re.findall(r"<!-- run in: (\w+) -->\n```bash\n(.*?)```", (ROOT / "READM
 SHORT = "num_rounds=1 warmup_rounds=0 ++debias.warmup_rounds=0 local_steps=1 finetune.num_rounds=1 finetune.local_steps=1"
 
 
+def blocks(name: str) -> list[str]:
+    return [text for place, text in BLOCKS if place == name]
+
+
 def block(name: str) -> str:
-    return "\n".join(text for place, text in BLOCKS if place == name)
+    return "\n".join(blocks(name))
 
 
 def execute(script: str, folder: Path, **variables: str) -> str:
     """Run a block in a folder, with the checkout's virtual environment first on the path and nothing left behind."""
     with workplace({}) as place:
-        environment = {**place.environment} | {
-            "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "ISOCENTER": str(ROOT),
-            "ISOCENTER_CACHE": str(folder / "cache"),
-            "FLWR_HOME": str(folder / "flwr"),
-            **variables,
-        }
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script], cwd=folder, env=environment, text=True, capture_output=True, check=False
-        )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+        return execute_at(place, script, folder, **variables)
+
+
+def execute_at(place: Workplace, script: str, folder: Path, *, code: int = 0, typed: str = "", **variables: str) -> str:
+    """Run a block in a folder that stands for a machine; what it starts in the background goes on.
+
+    Args:
+        place: whose leaving ends it all.
+        script: the block.
+        folder: where it is run.
+        code: how it must end.
+        typed: what the user types.
+        variables: of the environment.
+    """
+    environment = {**place.environment} | {
+        "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "ISOCENTER": str(ROOT),
+        "ISOCENTER_CACHE": str(folder / "cache"),
+        "FLWR_HOME": str(folder / "flwr"),
+        **variables,
+    }
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    done = subprocess.run(command, cwd=folder, env=environment, text=True, input=typed, capture_output=True, check=False)
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def test_every_block_of_commands_says_where_it_is_run() -> None:
     text = (ROOT / "README.md").read_text()
     assert text.count("```bash") == len(BLOCKS)
-    assert {place for place, _ in BLOCKS} == {"ci", "tour", "wrapped", "tables", "flower", "loopback", "measured"}
+    assert {place for place, _ in BLOCKS} == {
+        "ci",
+        "tour",
+        "wrapped",
+        "tables",
+        "flower",
+        "coordinator",
+        "site",
+        "loopback",
+        "measured",
+    }
 
 
 def test_ci_runs_the_two_commands() -> None:
@@ -167,22 +198,65 @@ def test_tables_of_features_run_when_shortened(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_separate_sites_give_what_the_simulation_gives(tmp_path: Path) -> None:
-    """The README's deployment, TLS and node authentication on loopback; then the same run as a simulation: the same weights."""
+def test_flowers_own_commands_run_the_app_at_separate_sites(tmp_path: Path) -> None:
     execute(block("loopback"), tmp_path)
-    deployed = tmp_path / "runs" / "hospitals"
+
+
+@pytest.mark.slow
+def test_the_two_pages_alone_make_a_consortium_that_gives_what_a_simulation_gives(tmp_path: Path) -> None:
+    """A coordinator and two sites, each in a folder that stands for its machine, type what their pages say and nothing else."""
+    execute("isocenter phantom scans --scale 0.3", tmp_path)
+    for path in (tmp_path / "scans").iterdir():
+        if path.name not in ("south", "harbor"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    machines = {name: tmp_path / f"at-{name}" for name in ("hills", "south", "harbor")}
+    for folder in machines.values():
+        folder.mkdir(mode=0o700)
+    hills = machines.pop("hills")
+    port = free_port()
+
+    def page(name: str, site: str = "south") -> list[str]:
+        """The blocks of a page, with the addresses and paths of this consortium."""
+        there = {
+            "fl.example.org:443": f"127.0.0.1:{port}\ncontrol_port: {port}",
+            "south": site,
+            f"/data/{site}": str(tmp_path / "scans" / site),
+        }
+        return [functools.reduce(lambda text, pair: text.replace(*pair), there.items(), text) for text in blocks(name)]
+
+    written, started, sent, again, after = page("coordinator")
+    pages = {site: page("site", site) for site in machines}
+    with workplace({}) as place, ExitStack() as stack:
+        execute_at(place, written, hills)
+        for site, machine in machines.items():
+            unpacked, *_ = pages[site]
+            shutil.copy(hills / "hills" / "sites" / f"{site}.zip", machine)
+            told = execute_at(place, unpacked, machine)
+            assert "read the fingerprint to them" in told
+            shutil.copy(machine / site / f"{site}.csr", hills)
+        stack.callback(Service("server", hills / "hills" / "server" / "state").stop)
+        execute_at(place, started, hills)
+        for site, machine in machines.items():
+            stack.callback(Service("site", machine / site / "state").stop)
+            assert "is connected to" in execute_at(place, pages[site][1], machine)
+        refused = execute_at(place, sent, hills, code=1)
+        for site, machine in machines.items():
+            assert re.search(rf"{site}.*must approve the app", refused)
+            assert "approved" in execute_at(place, pages[site][2], machine, typed="y\n")
+        assert "finished in" in execute_at(place, again, hills)
+        for site, machine in machines.items():
+            assert "the log is whole" in execute_at(place, pages[site][3], machine)
+        assert "finished" in execute_at(place, after, hills)
+    deployed = hills / "hills" / "server" / "state" / "runs" / "trial"
     assert (deployed / "report.html").is_file()
-    for site in ("north", "east", "west", "harbor"):
-        shutil.rmtree(tmp_path / "phantom" / site)
-    (tmp_path / "phantom" / "cohort.json").unlink()
     execute(
-        "isocenter run experiment=tiny data.root=phantom data.pretrain_sites=[south,hill] data.target_sites=[hill] "
-        "output=simulated name=hospitals policy.min_group=10",
+        "isocenter run experiment=tiny data=folder data.root=scans output=simulated name=trial policy.min_group=10 "
+        "policy.share_per_scan=false",
         tmp_path,
     )
-    simulated = tmp_path / "simulated" / "hospitals"
     for name in ("pretrain-0002", "full_finetuning-0001"):
-        theirs, ours = (folder / "checkpoints" / f"{name}.safetensors" for folder in (deployed, simulated))
-        state = load_checkpoint(ours).state
-        assert all(torch.equal(value, state[key]) for key, value in load_checkpoint(theirs).state.items())
-    assert (deployed / "metrics.json").read_text() == (simulated / "metrics.json").read_text()
+        theirs, ours = (
+            load_checkpoint(folder / "checkpoints" / f"{name}.safetensors").state
+            for folder in (deployed, tmp_path / "simulated" / "trial")
+        )
+        assert all(torch.equal(value, ours[key]) for key, value in theirs.items())

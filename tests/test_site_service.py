@@ -137,6 +137,17 @@ def test_who_is_refused_is_told_why(kit: Path, line: str, reason: str) -> None:
     assert reason in told[-1]
 
 
+def test_a_connected_site_that_is_shut_out_is_told_so_at_once_and_at_every_further_try(kit: Path) -> None:
+    seen, told = watch(kit)
+    seen.line("isocenter| connected")
+    seen.ended(0)
+    assert "does not know this site's key, or it was revoked: SHA256:abc" in told[-1]
+    seen.line("[code: 2004] Failed to activate SuperNode.")
+    seen.ended(305)
+    assert len(told) == 2
+    assert "or it was revoked" in standing(kit)["words"]
+
+
 def test_work_outside_of_rounds_is_told_without_one() -> None:
     work = {"task": "query.describe", "what": "image", "done": 3, "total": 9, "told": "2026-03-01T09:00:00+00:00"}
     assert describe_work(work, datetime(2026, 3, 1, 9, 0, 5, tzinfo=UTC)) == "describe, image 3 of 9 (5 s ago)"

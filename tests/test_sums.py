@@ -39,7 +39,8 @@ from core.evaluation.embeddings import Embeddings
 from core.evaluation.intervals import NotEvaluableError
 from core.evaluation.score_sums import area_under_curve, score_counts
 from core.evaluation.sums import between_group_directions, mean_of_shares, random_directions, standardised, subject_folds
-from core.moments import MomentPolicy, Reference, feature_sums, reference_from
+from core.moments import Reference, feature_sums, reference_from
+from core.settings import MomentPolicy
 
 ALL = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
 POLICY = MomentPolicy(min_group=10, diagonal_subjects=30, covariance_subjects_per_feature=3, round_counts_to=5)

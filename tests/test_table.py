@@ -24,8 +24,8 @@ from core.data.site import SiteData
 from core.data.table import Columns, FeatureRows, TableError, TableSource
 from core.faults import SiteError
 from core.models import MLP, build_pretrainer, split_constants
-from core.moments import MomentPolicy
 from core.scaling import input_sums, standardisation_from, without_rare_values
+from core.settings import MomentPolicy
 from server.app import app as server_app
 from server.strategy import RunError
 from simulations.cli import register

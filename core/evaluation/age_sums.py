@@ -15,7 +15,7 @@ from torch import Tensor
 from core.evaluation.intervals import NotEvaluableError
 from core.evaluation.sums import Z_95, covariance_of
 from core.messages import check_fields, notes_of
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 
 RIDGE_ALPHAS = tuple(10.0**exponent for exponent in range(-2, 5))
 WHOLE = -1

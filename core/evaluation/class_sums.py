@@ -20,7 +20,7 @@ from torch import Tensor
 from core.evaluation.intervals import NotEvaluableError
 from core.evaluation.sums import covariance_of, mean_of_shares
 from core.messages import check_fields, notes_of
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 
 Floats = npt.NDArray[np.float64]
 

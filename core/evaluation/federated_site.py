@@ -29,7 +29,8 @@ from core.evaluation.class_sums import (
 )
 from core.evaluation.score_sums import ScoreCounts, score_counts
 from core.messages import check_fields
-from core.moments import MomentPolicy, age_groups
+from core.moments import age_groups
+from core.settings import MomentPolicy
 
 AGE_CELL_YEARS = 5.0
 AGE_CENTRE_YEARS, AGE_UNIT_YEARS = 50.0, 20.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from core.evaluation.intervals import NotEvaluableError
 from core.messages import check_fields, notes_of
-from core.moments import MomentPolicy
+from core.settings import MomentPolicy
 
 SCORE_BINS = 20
 
