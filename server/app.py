@@ -33,7 +33,7 @@ from core.starts import Start, StartError, load_start, read_start
 from server.average import check_enough
 from server.board import Board, tell_stopped
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
-from server.grid import NOTICE_S, PatientGrid
+from server.grid import NOTICE_S, UNREACHABLE, PatientGrid
 from server.guard import read_about
 from server.resume import (
     check_begun,
@@ -96,6 +96,8 @@ def carry_out(grid: Grid, context: Context) -> None:
     with run_folder(config, overrides) as folder:
         try:
             carry_out_in(folder, grid, config, start)
+        except UNREACHABLE:
+            raise  # the run has not failed: who started it goes on with it when the SuperLink is back
         except Exception as error:
             tell_stopped(folder, str(error).partition("\n")[0])
             raise
@@ -256,13 +258,16 @@ def wait_for_sites(sites: Sites, config: RunConfig, before: Collection[str] = ()
             found, failures = describe_sites(sites, new)
             nodes |= {node.node_id: node for node in found}
         missing = {*before} - {node.site for node in nodes.values()}
-        few = config.strategy.min_sites is None or len(nodes) < needed
-        if failures and (missing or (few and not before)):
+        few, late = config.strategy.min_sites is None or len(nodes) < needed, time.monotonic() > deadline
+        # Who was lost on the way, as by a reboot, may come back.
+        final = late or any(kind != "away" for kind, _ in failures.values())
+        if failures and final and (missing or (few and not before)):
             raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
-        if not missing or time.monotonic() > deadline:
+        if late or not (missing or (failures and few)):
             break
         if new:
-            log.info("waiting for the sites that took part before: %s", ", ".join(sorted(missing)))
+            who = "the sites that took part before" if missing else "sites that were lost on the way"
+            log.info("waiting for %s: %s", who, ", ".join(sorted(missing or failures)))
         time.sleep(1)
     for left_out, (_, text) in failures.items():
         log.warning("the run begins without %s: %s", left_out, text)

@@ -31,6 +31,7 @@ from server.sites import Node, RunError
 
 log = logging.getLogger("isocenter")
 
+LOCK_S = 2.0
 CHECKPOINTS, STATES, LINES, BEGUN, LOCK = "checkpoints", "resume", "rounds.jsonl", "resume/begun.json", "resume/lock"
 TAKES_PART = "takes part from now on"
 """What a round's line tells of a site that was admitted late in it."""
@@ -186,10 +187,22 @@ def run_folder(config: RunConfig, overrides: str) -> Iterator[Path]:
             yield folder
 
 
+def is_worked_in(folder: Path) -> bool:
+    """Whether a server on this machine works in a run's folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def _locked(folder: Path) -> AbstractContextManager[object]:
     """Hold a run's folder until the end of the block; the system lets go of it for a process that is killed."""
     try:
-        return FileLock(folder / LOCK).acquire(timeout=0)
+        # Not at once: who asks whether a server works here holds it for an instant.
+        return FileLock(folder / LOCK).acquire(timeout=LOCK_S)
     except Timeout:
         raise RunError(
             f"run {folder.name}: its folder must be used by one server at a time, another works in it. Stop that run first."
