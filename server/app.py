@@ -244,12 +244,12 @@ def wait_for_sites(sites: Sites, config: RunConfig, before: Collection[str] = ()
         while len(node_ids := sorted(sites.grid.get_node_ids())) < needed:
             if len(node_ids) != connected or time.monotonic() - told > NOTICE_S:
                 connected, told = len(node_ids), time.monotonic()
-                called = f" ({', '.join(sorted(wanted))} are named)" if wanted else ""
-                log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, called, deadline - told)
+                missed = missing_of(sites, {*wanted, *before})
+                log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, missed, deadline - told)
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did. "
-                    "Start the missing SuperNodes, or name fewer in data.*_sites."
+                    f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did"
+                    f"{missing_of(sites, {*wanted, *before})}. Start the missing SuperNodes, or name fewer in data.*_sites."
                 )
             time.sleep(1)
         nodes = {node: about for node, about in nodes.items() if node in node_ids}
@@ -285,6 +285,13 @@ def wait_for_sites(sites: Sites, config: RunConfig, before: Collection[str] = ()
             *(node.site, *(node.about[key] for key in ("scans", "subjects", "scanners", "device")), problems),
         )
     return ordered
+
+
+def missing_of(sites: Sites, expected: Collection[str]) -> str:
+    """Who of those that are expected is not connected, in words, as far as keys were registered under names."""
+    names = set(sites.grid.registered().values())
+    missing = sorted(set(expected) - names)
+    return f", missing: {', '.join(missing)}" if missing and "" not in names else ""
 
 
 def describe_sites(sites: Sites, node_ids: Collection[int]) -> tuple[list[Node], Failures]:
