@@ -99,7 +99,8 @@ def submit_in(folder: Path, server: Path, overrides: list[str], deadline_minutes
             resumable = outcome.broke_off and (folder / RUN_FILE).is_file() and state_of(folder) != "stopped"
             if outcome.ok or not resumable or tries > RESUMES or not comes_back(kit, deadline):
                 break
-            told = f"the server's side of the run broke off; it is gone on with by itself, after {finished} finished rounds"
+            rounds = f"{finished} finished round{'' if finished == 1 else 's'}"
+            told = f"the server's side of the run broke off; it is gone on with by itself, after {rounds}"
             log.write(f"{told}: {outcome.details}\n")
             typer.echo(told)
             if outcome.run_id is not None:

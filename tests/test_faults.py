@@ -120,6 +120,12 @@ def status_of(*arguments: str) -> str:
     return CliRunner().invoke(console, list(arguments)).output
 
 
+def broken_off_in(folder: Path) -> str:
+    """What `isocenter status` says of a run whose process at the server has ended; "" while it has not."""
+    said = status_of("status", str(folder))
+    return said if "BROKEN OFF" in said else ""
+
+
 def nothing_runs(consortium: Consortium) -> bool:
     return not any(processes(folder) for folder in consortium.folders)
 
@@ -188,9 +194,7 @@ def test_a_run_outlives_whatever_is_killed_and_ends_with_the_bits_of_one_that_wa
             wait_for(in_round(hill, 4), run)
             shows("the SuperNode killed", said.read_text(), *logs_of(south), lost="the site's work of that round, done again")
             os.kill(pid_of(server.state, "flwr-serverapp"), signal.SIGKILL)  # type: ignore[arg-type]
-            broken_off = wait_for(
-                lambda: next((text for text in [status_of("status", str(folder))] if "BROKEN OFF" in text), ""), run
-            )
+            broken_off = wait_for(lambda: broken_off_in(folder), run)
             wait_for(lambda: pid_of(server.state, "flwr-serverapp") and in_round(hill, 4)(), run)
             shows("the ServerApp killed", said.read_text(), broken_off, lost="the round that was going on, done again")
 
