@@ -5,7 +5,6 @@ the checkpoint, and ``resume/<stage>-<round>.safetensors`` with all else that th
 it. So a file without a line is of an unfinished round, whose files are written again.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ from torch import Tensor
 from core.checkpoint import Checkpoint, keep_last, load_checkpoint, rounds_of, save_checkpoint
 from core.config import RunConfig, describe
 from core.exchange import State, fingerprint
-from core.files import append_line, remove_temporaries, write_atomically
+from core.files import NO_ROOM, append_line, remove_temporaries, write_atomically
 from core.moments import GroupMoments, Reference
 from core.run_file import MAY_CHANGE, RUN_FILE, RunFile, differing_keys, read_run, write_run
 from server.sites import Node, RunError
@@ -148,7 +147,7 @@ def full_disk_told(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
         raise RunError(
             f"{where}: the server's disk must have room for what a run keeps, it is full. Finished rounds are whole: free space, "

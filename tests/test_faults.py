@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import json
+import logging
 import os
 import re
 import resource
@@ -26,8 +27,10 @@ from client.service import Kit as SiteKit
 from client.service import start_in_background
 from core.cli import app as console
 from core.flower_env import processes
+from core.log_lines import StandardStream
 from server import cli as server_cli
 from server.resume import read_lines
+from server.sites import RunError
 from simulations.consortium import Consortium, local_consortium
 from simulations.in_process import run_in_process
 
@@ -128,6 +131,30 @@ def broken_off_in(folder: Path) -> str:
 
 def nothing_runs(consortium: Consortium) -> bool:
     return not any(processes(folder) for folder in consortium.folders)
+
+
+# What a full disk must not do.
+
+
+def test_a_log_on_a_full_disk_loses_its_lines_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("w")
+    monkeypatch.setattr(sys, "stdout", full)
+    log = logging.Logger("full")
+    log.addHandler(StandardStream("stdout"))
+    log.error("a line")
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
+def test_a_full_disk_while_scans_are_prepared_is_told_in_a_sentence(
+    consortium: Path, federate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(*_: object) -> None:
+        Path("/dev/full").write_text("a volume")
+
+    monkeypatch.setattr("client.tasks.holdings", prepare)
+    with pytest.raises(RunError, match=r"c: its disk must have room for what the site keeps, it is full; free some\."):
+        federate(consortium)
 
 
 # Killed processes and a full disk, one after the other in one run, which ends as one that nothing happened to.
