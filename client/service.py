@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -169,7 +170,8 @@ class Watch:
             self.told = words
             self.say(f"{self.kit.about.site}: {words}")
         about = {"state": state, "words": words, "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_atomically(self.kit.state / CONNECTION, json.dumps(about).encode(), 0o600)
+        with suppress(OSError):  # a full disk must not end the site
+            write_atomically(self.kit.state / CONNECTION, json.dumps(about).encode(), 0o600)
 
 
 def serve(kit: Kit, *, say: Say) -> None:
@@ -230,12 +232,12 @@ def follow(process: subprocess.Popen[bytes], kit: Kit, watch: Watch) -> None:
     if path.exists() and path.stat().st_size > LONGEST_LOG:
         path.replace(path.with_suffix(".log.1"))
     assert process.stdout is not None
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as log:
         for line in process.stdout:
             text = plain(line.decode(errors="replace")).rstrip()
             watch.line(text)
-            log.write(text.encode() + b"\n")
-            log.flush()
+            with suppress(OSError):  # on a full disk the line is lost; unread, the SuperNode would wait for ever
+                log.write(text.encode() + b"\n")
 
 
 def start_in_background(kit: Kit, wait_s: float = 60.0) -> str:

@@ -64,6 +64,7 @@ from core.exchange import (
     unpack_state,
 )
 from core.faults import SiteError, incident
+from core.files import NO_ROOM
 from core.finetuning import averaged_logits, finetune, labelled, num_classes, predict, training_scans, validation_loss
 from core.log_lines import StandardStream
 from core.models import (
@@ -170,6 +171,11 @@ def answer(job: Job, door: Door) -> RecordDict:
         raise SiteError("data", str(error)) from None
     except (ConfigError, ExchangeError) as error:
         raise SiteError("exchange", str(error)) from None
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise incident() from None
+        log.exception("the disk is full")
+        raise SiteError("disk", "its disk must have room for what the site keeps, it is full; free some.") from None
     except Exception:
         raise incident() from None
 

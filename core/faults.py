@@ -31,4 +31,5 @@ def incident() -> SiteError:
 def error_kind(reason: str) -> tuple[str, str]:
     """Kind and sentence of a failure a site reported; ``unknown`` when the text is not one of ours."""
     found = re.search(r"\[isocenter:(\w+)\] (.*)", reason, re.DOTALL)
-    return (found[1], found[2].strip()) if found else ("unknown", reason.strip() or "no reason given")
+    # Flower puts the text of an exception in <'...'>.
+    return (found[1], found[2].strip().removesuffix("'>")) if found else ("unknown", reason.strip() or "no reason given")

@@ -1,9 +1,12 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import re
 from pathlib import Path
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How the system says that a file cannot take more: the disk, the user's share of it, or what a process may write is full."""
 _TEMPORARY = re.compile(r"\..+\.\d+")
 
 

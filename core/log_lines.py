@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 from typing import Literal
 
 
@@ -17,7 +18,8 @@ class StandardStream(logging.Handler):
         self._name = name
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line, at once."""
+        """Write a line, at once; one for which the disk has no room is lost, and nothing else with it."""
         stream = getattr(sys, self._name)
-        stream.write(f"{self.format(record)}\n")
-        stream.flush()
+        with suppress(OSError):
+            stream.write(f"{self.format(record)}\n")
+            stream.flush()

@@ -33,7 +33,7 @@ from core.starts import Start, StartError, load_start, read_start
 from server.average import check_enough
 from server.board import Board, tell_stopped
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
-from server.grid import NOTICE_S, PatientGrid
+from server.grid import NOTICE_S, UNREACHABLE, PatientGrid
 from server.guard import read_about
 from server.resume import (
     check_begun,
@@ -96,6 +96,8 @@ def carry_out(grid: Grid, context: Context) -> None:
     with run_folder(config, overrides) as folder:
         try:
             carry_out_in(folder, grid, config, start)
+        except UNREACHABLE:
+            raise  # the run has not failed: who started it goes on with it when the SuperLink is back
         except Exception as error:
             tell_stopped(folder, str(error).partition("\n")[0])
             raise
@@ -242,12 +244,12 @@ def wait_for_sites(sites: Sites, config: RunConfig, before: Collection[str] = ()
         while len(node_ids := sorted(sites.grid.get_node_ids())) < needed:
             if len(node_ids) != connected or time.monotonic() - told > NOTICE_S:
                 connected, told = len(node_ids), time.monotonic()
-                called = f" ({', '.join(sorted(wanted))} are named)" if wanted else ""
-                log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, called, deadline - told)
+                missed = missing_of(sites, {*wanted, *before})
+                log.info("waiting for sites: %d of %d connected%s, %.0f s left", connected, needed, missed, deadline - told)
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did. "
-                    "Start the missing SuperNodes, or name fewer in data.*_sites."
+                    f"sites: {needed} must connect within {config.strategy.wait_for_sites_s:g} s, {len(node_ids)} did"
+                    f"{missing_of(sites, {*wanted, *before})}. Start the missing SuperNodes, or name fewer in data.*_sites."
                 )
             time.sleep(1)
         nodes = {node: about for node, about in nodes.items() if node in node_ids}
@@ -256,13 +258,16 @@ def wait_for_sites(sites: Sites, config: RunConfig, before: Collection[str] = ()
             found, failures = describe_sites(sites, new)
             nodes |= {node.node_id: node for node in found}
         missing = {*before} - {node.site for node in nodes.values()}
-        few = config.strategy.min_sites is None or len(nodes) < needed
-        if failures and (missing or (few and not before)):
+        few, late = config.strategy.min_sites is None or len(nodes) < needed, time.monotonic() > deadline
+        # Who was lost on the way, as by a reboot, may come back.
+        final = late or any(kind != "away" for kind, _ in failures.values())
+        if failures and final and (missing or (few and not before)):
             raise RunError(f"sites: every site must open its data before a run, {len(failures)} could not.{reasons(failures)}")
-        if not missing or time.monotonic() > deadline:
+        if late or not (missing or (failures and few)):
             break
         if new:
-            log.info("waiting for the sites that took part before: %s", ", ".join(sorted(missing)))
+            who = "the sites that took part before" if missing else "sites that were lost on the way"
+            log.info("waiting for %s: %s", who, ", ".join(sorted(missing or failures)))
         time.sleep(1)
     for left_out, (_, text) in failures.items():
         log.warning("the run begins without %s: %s", left_out, text)
@@ -280,6 +285,13 @@ def wait_for_sites(sites: Sites, config: RunConfig, before: Collection[str] = ()
             *(node.site, *(node.about[key] for key in ("scans", "subjects", "scanners", "device")), problems),
         )
     return ordered
+
+
+def missing_of(sites: Sites, expected: Collection[str]) -> str:
+    """Who of those that are expected is not connected, in words, as far as keys were registered under names."""
+    names = set(sites.grid.registered().values())
+    missing = sorted(set(expected) - names)
+    return f", missing: {', '.join(missing)}" if missing and "" not in names else ""
 
 
 def describe_sites(sites: Sites, node_ids: Collection[int]) -> tuple[list[Node], Failures]:

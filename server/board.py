@@ -85,6 +85,14 @@ class Board:
         return entry
 
 
+def state_of(folder: Path) -> str:
+    """What a run last told of its state: ``running``, ``finished`` or ``stopped``; "" where it has told nothing."""
+    try:
+        return str(json.loads((folder / STATUS).read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def tell_stopped(folder: Path, words: str) -> None:
     """Keep that a run was stopped, and why, where it has begun to tell how it stands."""
     with suppress(OSError, ValueError):
@@ -92,8 +100,13 @@ def tell_stopped(folder: Path, words: str) -> None:
         write_atomically(folder / STATUS, json.dumps(about | {"state": "stopped", "words": words}, indent=1).encode())
 
 
-def describe(about: Mapping[str, Any], now: datetime) -> list[str]:
+def describe(about: Mapping[str, Any], now: datetime, alive: bool = True) -> list[str]:
     """The lines that a person reads.
+
+    Args:
+        about: what the run last told.
+        now: the time.
+        alive: whether a server works in the run's folder.
 
     >>> at = datetime(2026, 3, 1, 9, 30, tzinfo=UTC)
     >>> site = {"does": "trains", "task": "pretrain round 3", "for_s": 30.0, "usual_s": 60.0, "steps": 6, "behind": False}
@@ -108,6 +121,8 @@ def describe(about: Mapping[str, Any], now: datetime) -> list[str]:
     stage = f"{about['stage']}, round {about['round']} of {about['rounds']}" if about["round"] else "outside of rounds"
     if about["state"] != "running":
         lines = [f"{about['state']}{': ' + about['words'] if about['words'] else ''}"]
+    elif not alive:
+        lines = [f"{stage}; BROKEN OFF: its process at the server ended without a word, `isocenter resume` goes on with it"]
     elif ago > STALE_S:
         lines = [f"{stage}; the server has told nothing for {ago:.0f} s: it was killed, or the machine sleeps"]
     else:

@@ -84,13 +84,15 @@ def lines_of(folder: Path) -> tuple[str, list[str]]:
     from datetime import UTC, datetime
 
     from server.board import STATUS, describe
+    from server.resume import is_worked_in
 
     try:
         about = json.loads((folder / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         fail(f"status: {folder} must be the folder of a run that has begun, it holds no {STATUS}. Look at its flower.log.")
     return about["state"], [
-        f"{folder.name}: {line}" if not i else line for i, line in enumerate(describe(about, datetime.now(UTC)))
+        f"{folder.name}: {line}" if not i else line
+        for i, line in enumerate(describe(about, datetime.now(UTC), is_worked_in(folder)))
     ]
 
 

@@ -22,6 +22,7 @@ log = logging.getLogger("isocenter")
 NOTICE_S = 60.0
 LOOK_S = 5.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
+UNREACHABLE = httpx.TransportError  # what Flower raises where its SuperLink does not answer
 UNAVAILABLE = 5  # Flower's code of an answer that a lost node will not give
 Found = TypeVar("Found")
 
@@ -321,7 +322,7 @@ class PatientGrid:
         """What the SuperLink tells, or, while it cannot be reached, something else: whoever waits looks again."""
         try:
             found = look()
-        except httpx.TransportError as error:
+        except UNREACHABLE as error:
             if self.clock() - self._unreachable >= NOTICE_S:
                 self._unreachable = self.clock()
                 log.warning("the SuperLink cannot be reached (%s), trying again", type(error).__name__)

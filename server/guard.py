@@ -1,7 +1,8 @@
 """What a site's update must be before it counts: its metrics, its weight in the average, its size beside those of others.
 
 What no such check stops: a site that sends small wrong updates, or the right ones turned round, within the usual size, round
-after round. The robust averages of `server.average` narrow that; wrong sums and moments are stopped by neither.
+after round. The latter is named (`opposed`), and the robust averages of `server.average` narrow both; wrong sums and moments are
+stopped by neither.
 """
 
 import logging
@@ -11,6 +12,7 @@ import statistics
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
+import torch
 from flwr.app import MetricRecord, RecordDict
 from torch import Tensor
 
@@ -33,6 +35,8 @@ WINDOW_ROUNDS = 3
 """Rounds whose norms the running median is over, beside the present one; few, for norms fall with the learning rate."""
 MIN_NORMS = 3
 """Fewer norms, of one round or several, tell no usual one."""
+OPPOSED_COSINE = -0.2
+"""Updates whose cosine is smaller point against each other; those of honest sites are above 0 at first and about 0 in the end."""
 MAX_NUMBERS = 100
 NO_TERMS = {"num-examples", "seconds", "waited-seconds", "steps"}
 """Of a training answer's metrics; all others are terms of the loss."""
@@ -93,6 +97,33 @@ def update_norm(state: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> fl
         if value.is_floating_point()
     ]
     return math.sqrt(math.fsum(squares))
+
+
+def opposed(updates: Mapping[str, Mapping[str, Tensor]], before: Mapping[str, Tensor]) -> dict[str, float]:
+    """The sites whose update points against those of more than half of the others, with the median cosine; of three or more.
+
+    Args:
+        updates: the weights that each site trained, by site.
+        before: those that they were sent.
+
+    >>> before, right = {"w": torch.zeros(2)}, {"w": torch.tensor([1.0, 1.0])}
+    >>> opposed({"fen": right, "hill": right, "lake": {"w": -right["w"]}}, before)
+    {'lake': -1.0}
+    """
+    if len(updates) < 3:
+        return {}
+    gram_SS = torch.zeros(len(updates), len(updates))
+    for name in next(iter(updates.values())):
+        if before[name].is_floating_point():
+            changes_SP = torch.stack([(update[name] - before[name]).flatten().float() for update in updates.values()])
+            gram_SS += changes_SP @ changes_SP.T
+    norm_S = gram_SS.diagonal().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    cosine_SS = gram_SS / norm_S[:, None] / norm_S
+    usual = {
+        site: statistics.median_high(cosine_SS[row, torch.arange(len(updates)) != row].tolist())
+        for row, site in enumerate(updates)
+    }
+    return {site: round(cosine, 3) for site, cosine in usual.items() if cosine < OPPOSED_COSINE}
 
 
 class UpdateGuard:

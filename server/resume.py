@@ -5,7 +5,6 @@ the checkpoint, and ``resume/<stage>-<round>.safetensors`` with all else that th
 it. So a file without a line is of an unfinished round, whose files are written again.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -24,13 +23,14 @@ from torch import Tensor
 from core.checkpoint import Checkpoint, keep_last, load_checkpoint, rounds_of, save_checkpoint
 from core.config import RunConfig, describe
 from core.exchange import State, fingerprint
-from core.files import append_line, remove_temporaries, write_atomically
+from core.files import NO_ROOM, append_line, remove_temporaries, write_atomically
 from core.moments import GroupMoments, Reference
 from core.run_file import MAY_CHANGE, RUN_FILE, RunFile, differing_keys, read_run, write_run
 from server.sites import Node, RunError
 
 log = logging.getLogger("isocenter")
 
+LOCK_S = 2.0
 CHECKPOINTS, STATES, LINES, BEGUN, LOCK = "checkpoints", "resume", "rounds.jsonl", "resume/begun.json", "resume/lock"
 TAKES_PART = "takes part from now on"
 """What a round's line tells of a site that was admitted late in it."""
@@ -147,7 +147,7 @@ def full_disk_told(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ROOM:
             raise
         raise RunError(
             f"{where}: the server's disk must have room for what a run keeps, it is full. Finished rounds are whole: free space, "
@@ -186,10 +186,22 @@ def run_folder(config: RunConfig, overrides: str) -> Iterator[Path]:
             yield folder
 
 
+def is_worked_in(folder: Path) -> bool:
+    """Whether a server on this machine works in a run's folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 def _locked(folder: Path) -> AbstractContextManager[object]:
     """Hold a run's folder until the end of the block; the system lets go of it for a process that is killed."""
     try:
-        return FileLock(folder / LOCK).acquire(timeout=0)
+        # Not at once: who asks whether a server works here holds it for an instant.
+        return FileLock(folder / LOCK).acquire(timeout=LOCK_S)
     except Timeout:
         raise RunError(
             f"run {folder.name}: its folder must be used by one server at a time, another works in it. Stop that run first."

@@ -38,7 +38,7 @@ from core.exchange import (
 from core.moments import GroupMoments, Reference, concatenate, reference_from
 from server.average import aggregator, cap_weights, check_enough
 from server.grid import Debt, Pace, Rule
-from server.guard import NO_TERMS, UpdateGuard, read_about, read_count, read_update, scaled, update_norm
+from server.guard import NO_TERMS, UpdateGuard, opposed, read_about, read_count, read_update, scaled, update_norm
 from server.resume import TAKES_PART, Resumed, StageState, keep_round, last_round
 from server.sites import FORGETFUL, Answer, Failures, Node, RunError, Sites, reasons
 
@@ -118,6 +118,7 @@ class SiteRounds(FedAvg):
         self.aggregator = aggregator(self.averaging)
         self.guard = UpdateGuard(config.strategy)
         self.clipped: dict[str, float] = {}
+        self.against: dict[str, float] = {}
         self.shares: dict[str, float] = {}
         self.privacy: dict[str, dict[str, float]] = {}
         self.refused: set[int] = set()
@@ -545,13 +546,13 @@ class SiteRounds(FedAvg):
         failures = {site: failure for site, failure in failures.items() if site not in answers}
         names = self.names_in(server_round)
         expected = {name: value for name, value in self.template.items() if name in names}
-        before, norms = unpack(self.round_arrays, self.layout), dict[str, float]()
+        before, norms, updates = unpack(self.round_arrays, self.layout), dict[str, float](), dict[str, State]()
         for site, answer in list(answers.items()):
             try:
                 update = read_update(answer, expected, self.stage, f"site {site}")
                 if site in since:
                     update = self.rebase(answer, update, since[site])
-                norms[site] = update_norm(update, before)
+                norms[site], updates[site] = update_norm(update, before), update
                 if guarantee := read_privacy(answer.config_records["config"], f"site {site}"):
                     self.privacy[site] = guarantee
             except ExchangeError as error:
@@ -561,6 +562,9 @@ class SiteRounds(FedAvg):
         for site, text in refused.items():
             failures[site] = ("exchange", text)
             del answers[site]
+        self.against = opposed({site: updates.pop(site) for site in answers}, before)
+        for site, cosine in self.against.items():
+            log.warning("round %d: the update of %s points against most others, cosine %.2f", server_round, site, cosine)
         self.check_quorum(server_round, len(answers), failures)
         self.holders.update(node for node, site in self.nodes.items() if site in answers and site not in since)
         owed = {debt.round_number for debt in self.sites.grid.debts.values() if debt.stage == self.saved_as}
@@ -657,6 +661,8 @@ class SiteRounds(FedAvg):
             line["ended_early"] = early
         if self.clipped:
             line["clipped"] = {site: round(factor, 4) for site, factor in self.clipped.items()}
+        if self.against:
+            line["against"] = self.against
         if self.shares:
             line["shares"] = {site: round(share, 4) for site, share in self.shares.items()}
         if self.privacy:

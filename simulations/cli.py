@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,9 +12,16 @@ import typer
 from core.cli import Overrides, checked, decode_first
 
 if TYPE_CHECKING:
+    from server.superlink import Kit
     from simulations.launch import Outcome
 
 APP = Path(__file__).parents[1]
+RESUMES = 3
+"""How often in a row, without a finished round between, a run at the sites is gone on with by itself."""
+BACK_S = 600.0
+"""How long the server may take to come back."""
+LOOKS = 5
+"""How often, a second apart, nobody must be seen to work in a run's folder until its process is taken for gone."""
 
 
 def register(app: typer.Typer) -> None:
@@ -55,9 +64,15 @@ def run_at(server: Path, overrides: list[str], deadline_minutes: float) -> Path:
 
 
 def submit_in(folder: Path, server: Path, overrides: list[str], deadline_minutes: float) -> Path:
-    """Run these overrides at the sites of a consortium, in a folder at the server; exit 1 with the reason when it fails."""
+    """Run these overrides at the sites of a consortium, in a folder at the server; exit 1 with the reason when it fails.
+
+    Where the server's side breaks off, as when it is killed or its machine starts anew, the run is gone on with by itself.
+    """
+    from core.run_file import RUN_FILE
+    from server.board import state_of
+    from server.resume import read_lines
     from server.superlink import open_kit
-    from simulations.launch import open_log, submit
+    from simulations.launch import open_log, stop_run, submit
     from simulations.workplace import Workplace
 
     kit = open_kit(server)
@@ -67,16 +82,62 @@ def submit_in(folder: Path, server: Path, overrides: list[str], deadline_minutes
     folder.mkdir(parents=True, exist_ok=True)
     log_path = folder / free_name(folder, "flower.log")
     typer.echo(f"run {folder.name} at the sites of {kit.about.consortium}; everything Flower says goes to {log_path}")
+    place, deadline = Workplace(kit.state, kit.environment()), time.monotonic() + deadline_minutes * 60
+    tries, before = 0, len(read_lines(folder))
     with open_log(log_path) as log:
-        outcome = submit(
-            Workplace(kit.state, kit.environment()),
-            APP,
-            overrides=shlex.join(overrides),
-            log=log,
-            deadline_s=deadline_minutes * 60,
-            on_line=typer.echo,
-        )
+        while True:
+            outcome = submit(
+                place,
+                APP,
+                overrides=shlex.join(overrides),
+                log=log,
+                deadline_s=deadline - time.monotonic(),
+                on_line=typer.echo,
+                gone=gone_from(folder),
+            )
+            finished = len(read_lines(folder))
+            tries, before = (1 if finished > before else tries + 1), finished
+            resumable = outcome.broke_off and (folder / RUN_FILE).is_file() and state_of(folder) != "stopped"
+            if outcome.ok or not resumable or tries > RESUMES or not comes_back(kit, deadline):
+                break
+            rounds = f"{finished} finished round{'' if finished == 1 else 's'}"
+            told = f"the server's side of the run broke off; it is gone on with by itself, after {rounds}"
+            log.write(f"{told}: {outcome.details}\n")
+            typer.echo(told)
+            if outcome.run_id is not None:
+                stop_run(place, outcome.run_id)
+            overrides = [*overrides, *(["resume=true"] if "resume=true" not in overrides else [])]
     return ended_well(folder, outcome, log_path, f" --at {server}")
+
+
+def gone_from(folder: Path) -> Callable[[], bool]:
+    """Whether the server that worked in a run's folder ended without a word; asked again and again, about once a second."""
+    from server.board import state_of
+    from server.resume import is_worked_in
+
+    seen, looks = False, 0
+
+    def gone() -> bool:
+        nonlocal seen, looks
+        if is_worked_in(folder):
+            seen, looks = True, 0
+        elif seen and state_of(folder) not in ("finished", "stopped"):
+            looks += 1
+        return looks >= LOOKS
+
+    return gone
+
+
+def comes_back(kit: "Kit", deadline: float) -> bool:
+    """Wait until the server answers; False where it does not in time."""
+    from core.flower_env import CONNECTION
+
+    deadline = min(deadline, time.monotonic() + BACK_S)
+    while not kit.ask("ls", CONNECTION).get("success"):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True
 
 
 def ended_well(folder: Path, outcome: "Outcome", log_path: Path, options: str = "") -> Path:

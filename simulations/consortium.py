@@ -7,10 +7,11 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -69,6 +70,8 @@ def local_consortium(
     *,
     start_s: float = 120.0,
     nodes_at: Callable[[int], int] = lambda port: port,
+    starts: Mapping[str, Callable[[SiteKit], object]] = MappingProxyType({}),
+    absent: Collection[str] = (),
 ) -> Iterator[Consortium]:
     """Kits, a server and a site for each policy, connected, with the app approved; all stopped on leaving.
 
@@ -77,6 +80,8 @@ def local_consortium(
         policies: For each site's name what its `site.yaml` holds beside the name.
         start_s: Time for all to be connected.
         nodes_at: Given the server's port, the port at which the sites look for it, such as a relay's.
+        starts: What starts a site from its kit, for sites that do not start as all do.
+        absent: Further sites, which have a kit and never start.
 
     Raises:
         StartError: A part did not come up.
@@ -85,7 +90,7 @@ def local_consortium(
     folder.mkdir(parents=True, mode=0o700)
     port = free_port()
     plan = folder / "consortium.yaml"
-    about = {"consortium": "local", "server": f"127.0.0.1:{port}", "control_port": port, "sites": list(policies)}
+    about = {"consortium": "local", "server": f"127.0.0.1:{port}", "control_port": port, "sites": [*policies, *absent]}
     plan.write_text(yaml.safe_dump(about), encoding="utf-8")
     provision(read_consortium(plan), folder, requests=[], renew=[], revoke=[])
     app = bundle()
@@ -99,7 +104,7 @@ def local_consortium(
                 site = sites[name] = open_site(prepared(folder / "sites" / name, name, policy, nodes_at(port)))
                 Approvals(private_folder(site.state)).approve(Approvals(site.state).keep_pending(app))
                 stack.callback(site.service.stop)
-                start_site(site)
+                starts.get(name, start_site)(site)
             consortium = Consortium(server, sites)
             wait_until(lambda: consortium.connected() == set(policies), f"{', '.join(policies)} connected", start_s)
         except ValueError as error:

@@ -34,6 +34,7 @@ PROGRESS_MARKER = "isocenter| "
 """What the server's log lines for people begin with, in the stream of everything a run prints."""
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
+_NO_HEARTBEAT = "No heartbeat received"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Outcome:
     Attributes:
         run_id: Flower's number of the run; None when it was never accepted.
         status: Flower's words (`finished:completed`, `finished:failed`, ...), or ours: `not started` (no SuperLink),
-            `refused` (Flower did not take the run), `deadline` (stopped by us), `lost` (the SuperLink went away).
+            `refused` (Flower did not take the run), `deadline` (stopped by us), `lost` (the SuperLink or the run's process at
+            the server went away).
         details: The reason; empty for a run that completed.
         seconds: From the call to the end of the run.
     """
@@ -57,6 +59,11 @@ class Outcome:
     def ok(self) -> bool:
         """Whether the run completed; nothing else counts as success."""
         return self.status == "finished:completed"
+
+    @property
+    def broke_off(self) -> bool:
+        """Whether the server's side of the run ended without a word, as by a crash or a reboot: the run itself did not fail."""
+        return self.status == "lost" or _NO_HEARTBEAT in self.details
 
 
 def progress_line(line: str) -> str | None:
@@ -167,6 +174,7 @@ def submit(
     deadline_s: float,
     on_line: Callable[[str], None],
     options: Sequence[str] = (),
+    gone: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Send the app to the SuperLink that the workplace is connected to, follow it to its end, and ask how it ended.
 
@@ -178,13 +186,15 @@ def submit(
         deadline_s: Nothing is waited for any longer than this.
         on_line: Called with each line the server logs for people.
         options: Further options of `flwr run`.
+        gone: Whether the run's process at the server ended without a word, which Flower itself takes a minute to notice; asked
+            about once a second, in another thread.
     """
     began = time.monotonic()
     config = place.folder / "run.toml"
     config.write_text(f"overrides = {json.dumps(overrides, ensure_ascii=False)}\n", encoding="utf-8")
     run_id, before_run, last = None, [], "none"
     command = ["run", str(app.resolve()), CONNECTION, "--stream", "--run-config", str(config), *options]
-    with closing(follow(place, command, deadline_s)) as lines:
+    with closing(follow(place, command, deadline_s, gone)) as lines:
         for line in lines:
             log.write(line + "\n")
             if message := progress_line(line):
@@ -206,8 +216,16 @@ def submit(
         [run] = answer["runs"]
         if run["status"].startswith("finished"):
             return ended(run["status"], "" if run["status-details"] == "N/A" else run["status-details"])
+        if gone():
+            stop_run(place, run_id)
+            return ended("lost", "The run's process at the server ended without a word.")
         time.sleep(1)
     return ended("deadline", f"Stopped at the deadline, after {deadline_s:.0f} s. The last line of the run: {last}")
+
+
+def stop_run(place: Workplace, run_id: str) -> None:
+    """Have Flower take a run for over, so that the sites give up what they do for it; nothing happens where it is."""
+    ask(place, "stop", run_id, CONNECTION)
 
 
 @contextmanager

@@ -28,6 +28,10 @@ _QUICK = {
 """What makes many short runs on few cores quick."""
 
 
+LOOK_S = 1.0
+"""Between two looks at whether a command that is followed is over."""
+
+
 class StartError(RuntimeError):
     """A Flower program did not come up; the text ends with what it wrote last."""
 
@@ -147,18 +151,36 @@ def connect(place: Workplace, superlink: str) -> None:
     write_connection(place.folder, superlink)
 
 
-def follow(place: Workplace, arguments: Sequence[str], deadline_s: float) -> Generator[str]:
-    """The lines that a `flwr` command prints, without colours, until it ends or is killed at the deadline."""
+def follow(
+    place: Workplace, arguments: Sequence[str], deadline_s: float, over: Callable[[], bool] = lambda: False
+) -> Generator[str]:
+    """The lines that a `flwr` command prints, without colours, until it ends or is killed: at the deadline, or when it is over.
+
+    Args:
+        place: where it is started.
+        arguments: the command's.
+        deadline_s: seconds after which it is killed.
+        over: asked about once a second, in another thread, whether there is nothing to wait for any more.
+    """
     command = [program("flwr"), *arguments]
     with subprocess.Popen(command, **_quietly(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
-        timer = threading.Timer(max(deadline_s, 0), process.kill)
-        timer.start()
+        deadline, left = time.monotonic() + deadline_s, threading.Event()
+
+        def guard() -> None:
+            while not left.wait(max(0.0, min(LOOK_S, deadline - time.monotonic()))):
+                if time.monotonic() >= deadline or over():
+                    process.kill()
+                    return
+
+        guardian = threading.Thread(target=guard, daemon=True)
+        guardian.start()
         try:
             for line in process.stdout:
                 yield plain(line.decode(errors="replace")).rstrip()
         finally:
-            timer.cancel()
+            left.set()
+            guardian.join()
             process.kill()
 
 

@@ -76,6 +76,8 @@ def test_what_is_not_as_it_should_be_stands_out() -> None:
         "hill  NOT CONNECTED; BEHIND: trains pretrain round 2 for 15 s, about step 4 of 6",
         "dale  excluded: it failed",
     ]
+    [ended] = describe(RUN | {"sites": {}}, NOW, alive=False)
+    assert ended.startswith("pretrain, round 3 of 9; BROKEN OFF: its process at the server ended without a word")
     [silent] = describe(RUN | {"sites": {}}, NOW + timedelta(seconds=STALE_S + 10))
     assert "the server has told nothing for 100 s" in silent
 

@@ -1,18 +1,25 @@
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core import flower_env
 from core.flower_env import processes
 from simulations import workplace as workplace_module
+from simulations.cli import LOOKS, RESUMES, gone_from, submit_in
 from simulations.launch import Outcome, choose_resources, gpu_share, progress_line, simulate, submit
 from simulations.workplace import start, workplace
 
@@ -41,6 +48,9 @@ if sys.argv[1] == "ls":
         sys.exit("connection refused")
     runs = [{"status": fake, "status-details": "N/A" if fake.endswith("completed") else "the reason"}]
     print(json.dumps({"success": True, "runs": runs}))
+    sys.exit()
+if sys.argv[1] == "stop":
+    print(sys.argv[2], file=open(os.path.join(os.environ["FLWR_HOME"], "stopped"), "a"))
     sys.exit()
 if fake == "refused":
     print("\033[93m╭─ Error ───╮\n│ [code: 15] Invalid   run configuration. │\n╰───╯\033[0m")
@@ -115,6 +125,95 @@ def test_a_run_that_says_nothing_is_stopped_at_its_deadline(tmp_path: Path):
         outcome = submit(place, tmp_path, overrides="", log=log, deadline_s=1.0, on_line=print)
     assert outcome.status == "deadline"
     assert "Stopped at the deadline, after 1 s." in outcome.details
+
+
+@pytest.mark.usefixtures("fake_flower")
+def test_a_run_whose_process_is_gone_is_lost_and_over_for_the_sites(tmp_path: Path):
+    with workplace({"FAKE": "silent"}) as place, (tmp_path / "log").open("w") as log:
+        outcome = submit(place, tmp_path, overrides="", log=log, deadline_s=60, on_line=print, gone=lambda: True)
+        assert (place.folder / "stopped").read_text() == "42\n"
+    assert (outcome.status, outcome.broke_off) == ("lost", True)
+    assert "process at the server ended without a word" in outcome.details
+
+
+LOST = Outcome("1", "lost", "the SuperLink went away", 1.0)
+EXPIRED = Outcome("1", "finished:failed", "No heartbeat received from the task", 1.0)
+FAILED = Outcome("1", "finished:failed", "sites: 3 must connect", 1.0)
+DONE = Outcome("1", "finished:completed", "", 1.0)
+
+
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """`isocenter run --at` over runs that end like this; the overrides that each was submitted with."""
+
+    def run(outcomes: list[Outcome], *, state: str = "running", rounds_each: int = 0, began: bool = True) -> list[str]:
+        folder, given, left = tmp_path / "run", list[str](), list(outcomes)
+        folder.mkdir()
+        if began:
+            (folder / "run.json").touch()
+        (folder / "status.json").write_text(json.dumps({"state": state}))
+
+        def submit(*_: object, overrides: str, **__: object) -> Outcome:
+            given.append(overrides)
+            with (folder / "rounds.jsonl").open("a") as file:
+                file.write('{"stage": "pretrain", "round": 1}\n' * rounds_each)
+            (folder / "report.html").touch()
+            return left.pop(0)
+
+        service = SimpleNamespace(is_running=lambda: True)
+        about = SimpleNamespace(consortium="hills")
+        kit = SimpleNamespace(service=service, about=about, state=tmp_path, environment=dict, ask=lambda *_: {"success": True})
+        monkeypatch.setattr("server.superlink.open_kit", lambda _: kit)
+        monkeypatch.setattr("simulations.launch.submit", submit)
+        monkeypatch.setattr("simulations.launch.stop_run", lambda _place, run_id: given.append(f"stop {run_id}"))
+        with suppress(typer.Exit):
+            submit_in(folder, tmp_path, ["num_rounds=9"], 60)
+        return given
+
+    return run
+
+
+@pytest.mark.parametrize("broken", [LOST, EXPIRED], ids=["lost", "expired"])
+def test_a_run_whose_servers_side_broke_off_is_gone_on_with(submitted: Callable[..., list[str]], broken: Outcome):
+    again = "num_rounds=9 resume=true"
+    assert submitted([broken, broken, DONE]) == ["num_rounds=9", "stop 1", again, "stop 1", again]
+
+
+def test_without_a_finished_round_between_it_is_given_up(submitted: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]):
+    given = submitted([LOST] * 9)
+    assert len([text for text in given if "resume" in text]) == RESUMES
+    assert "the run did not finish: lost" in capsys.readouterr().err
+
+
+def test_with_finished_rounds_between_it_is_not_given_up(submitted: Callable[..., list[str]]):
+    given = submitted([*[LOST] * 7, DONE], rounds_each=1)
+    assert len([text for text in given if "resume" in text]) == 7
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "began"),
+    [(FAILED, "running", True), (LOST, "stopped", True), (LOST, "", False), (DONE, "finished", True)],
+    ids=["it failed", "it told why it stopped", "it never began", "it is done"],
+)
+def test_what_ended_by_itself_or_never_began_is_not_gone_on_with(
+    submitted: Callable[..., list[str]], outcome: Outcome, state: str, began: bool
+):
+    assert submitted([outcome, DONE], state=state, began=began) == ["num_rounds=9"]
+
+
+def test_a_server_is_gone_when_nobody_works_in_the_folder_it_worked_in(tmp_path: Path):
+    (tmp_path / "resume").mkdir()
+    gone = gone_from(tmp_path)
+    assert not any(gone() for _ in range(2 * LOOKS))
+    lock = FileLock(tmp_path / "resume" / "lock")
+    with lock:
+        assert not any(gone() for _ in range(2 * LOOKS))
+    assert [gone() for _ in range(LOOKS)] == [False] * (LOOKS - 1) + [True]
+    (tmp_path / "status.json").write_text(json.dumps({"state": "finished"}))
+    gone = gone_from(tmp_path)
+    with lock:
+        assert not gone()
+    assert not any(gone() for _ in range(2 * LOOKS))
 
 
 @pytest.mark.usefixtures("fake_flower")

@@ -389,6 +389,38 @@ def test_a_lost_site_is_waited_for_and_asked_again(slow: Callable[..., SlowGrid]
     assert grid.rounds_of("a") == [1, 2]
 
 
+class RebootingGrid(InProcessGrid):
+    """Node 3 is lost when it is first asked to describe itself, and back a while later."""
+
+    looks = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.looks += 1
+        return [node for node in self.order if node != 3 or not 1 < self.looks < 6]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        numbers = super().push_messages(messages)
+        if self.num_messages == 3:
+            lost = next(message for message in messages if message.metadata.dst_node_id == 3)
+            self.replies = [reply for reply in self.replies if reply.metadata.src_node_id != 3]
+            self.replies.append(Message(Error(UNAVAILABLE, "Node Unavailable"), reply_to=lost))
+        return numbers
+
+
+def test_a_site_that_is_lost_before_the_first_round_is_waited_for(
+    consortium: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server.app.time, "sleep", lambda _: None)
+    nodes = {node: {"site": site, "data-root": str(consortium / site), "min-group": 2} for site, node in NODES.items()}
+    config = {"overrides": f"{PLAIN} num_rounds=1 data.root={consortium} output={tmp_path / 'runs'}"}
+    grid = RebootingGrid(client_app, nodes, config)
+    server_app(grid, Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config=dict(config)))
+    [line] = (tmp_path / "runs" / "slow" / "rounds.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["sites"]) == ["a", "b", "c"]
+    assert "waiting for sites that were lost on the way: node 3" in capsys.readouterr().out
+
+
 def test_a_lost_site_that_stays_away_stops_the_run(slow: Callable[..., SlowGrid], run: Run) -> None:
     grid = slow("num_rounds=2 strategy.wait_for_sites_s=100")
     grid.lost = {("c", 1): 1e6}
