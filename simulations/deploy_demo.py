@@ -29,7 +29,7 @@ from simulations.workplace import StartError
 SITES = ("harbor", "hill", "south")
 SCALE = "0.3"
 LIMIT_S = 120.0
-RUN = ("experiment=tiny", "data=sites", "name=demo", "num_rounds=3", "policy.min_group=2")
+RUN = ("experiment=tiny", "data=sites", "name=demo", "policy.min_group=2")
 UNKNOWN = "does not know this site's key"
 POLICY = """site: {site}
 data: {{root: {data}}}

@@ -218,7 +218,7 @@ def test_the_two_pages_alone_make_a_consortium_that_gives_what_a_simulation_give
     def page(name: str, site: str = "south") -> list[str]:
         """The blocks of a page, with the addresses and paths of this consortium."""
         there = {
-            "fl.example.org:443": f"127.0.0.1:{port}\ncontrol_port: {port}",
+            "fl.example.org:9443": f"127.0.0.1:{port}\ncontrol_port: {port}",
             "south": site,
             f"/data/{site}": str(tmp_path / "scans" / site),
         }
