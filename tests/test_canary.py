@@ -10,6 +10,7 @@ import ssl
 import struct
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -63,7 +64,7 @@ def layers(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
                 yield f"{name}/{part}, its name", part.encode()
                 yield from layers(f"{name}/{part}", archive.read(part))
     if data[:2] == b"\x1f\x8b":
-        yield from layers(f"{name} unpacked", gzip.decompress(data))
+        yield from layers(f"{name} unpacked", zlib.decompressobj(31).decompress(data))  # also of a file that is cut off
     for number, text in enumerate(re.findall(rb"[A-Za-z0-9+/]{%d,}" % SMALLEST, data)):
         yield f"{name} base64 {number}", base64.b64decode(text[: len(text) // 4 * 4])
 
