@@ -8,10 +8,14 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from core import __version__
 from core.files import write_atomically
 
 RUN_FILE = "run.json"
+LOCK = "resume/lock"
+"""What the server that works in a run's folder holds."""
 MAY_CHANGE = frozenset(
     {
         "strategy.round_timeout_s",
@@ -76,6 +80,17 @@ def read_run(folder: Path) -> RunFile:
         raise ValueError(
             f"run {folder.name}: {RUN_FILE} must be as a run writes it, it was changed. Start the run anew under another name."
         ) from None
+
+
+def is_worked_in(folder: Path) -> bool:
+    """Whether a server on this machine works in a run's folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with FileLock(folder / LOCK).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any], within: str = "") -> list[str]:

@@ -83,8 +83,8 @@ def lines_of(folder: Path) -> tuple[str, list[str]]:
     import json
     from datetime import UTC, datetime
 
+    from core.run_file import is_worked_in
     from server.board import STATUS, describe
-    from server.resume import is_worked_in
 
     try:
         about = json.loads((folder / STATUS).read_text(encoding="utf-8"))

@@ -25,13 +25,13 @@ from core.config import RunConfig, describe
 from core.exchange import State, fingerprint
 from core.files import NO_ROOM, append_line, remove_temporaries, write_atomically
 from core.moments import GroupMoments, Reference
-from core.run_file import MAY_CHANGE, RUN_FILE, RunFile, differing_keys, read_run, write_run
+from core.run_file import LOCK, MAY_CHANGE, RUN_FILE, RunFile, differing_keys, read_run, write_run
 from server.sites import Node, RunError
 
 log = logging.getLogger("isocenter")
 
 LOCK_S = 2.0
-CHECKPOINTS, STATES, LINES, BEGUN, LOCK = "checkpoints", "resume", "rounds.jsonl", "resume/begun.json", "resume/lock"
+CHECKPOINTS, STATES, LINES, BEGUN = "checkpoints", "resume", "rounds.jsonl", "resume/begun.json"
 TAKES_PART = "takes part from now on"
 """What a round's line tells of a site that was admitted late in it."""
 UNTRAINED = "untrained"
@@ -184,17 +184,6 @@ def run_folder(config: RunConfig, overrides: str) -> Iterator[Path]:
                 log.info("results go to %s", folder)
             sweep(folder)
             yield folder
-
-
-def is_worked_in(folder: Path) -> bool:
-    """Whether a server on this machine works in a run's folder."""
-    if not (folder / LOCK).is_file():
-        return False
-    try:
-        with FileLock(folder / LOCK).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 def _locked(folder: Path) -> AbstractContextManager[object]:

@@ -112,8 +112,8 @@ def submit_in(folder: Path, server: Path, overrides: list[str], deadline_minutes
 
 def gone_from(folder: Path) -> Callable[[], bool]:
     """Whether the server that worked in a run's folder ended without a word; asked again and again, about once a second."""
+    from core.run_file import is_worked_in
     from server.board import state_of
-    from server.resume import is_worked_in
 
     seen, looks = False, 0
 
