@@ -5,7 +5,8 @@ with what the site's IT has approved (`client.approval`) before anything of it i
 for `isocenter site approve`, and the server is told so. A message for an approved one goes straight to the site's worker
 (`client.warm`), which keeps torch and the scans, and its answer straight back. While a task is carried out the gate looks whether
 the run still runs, and has the worker give it up where it does not; between messages of a run it asks for the next one four times
-a second, not every three seconds.
+a second, not every three seconds. And it takes leave for a SuperNode before it that was killed, whose connection the server would
+hold for a minute.
 
 Written against Flower 1.41, whose parts are replaced by name; `check_flower` refuses any other.
 """
@@ -38,6 +39,7 @@ from client.jobs import Job, Values
 from client.state import private_folder
 from client.warm import Asker, ask_worker, connect, mark_stopped
 from core.faults import SiteError, incident
+from core.files import write_atomically
 
 log = logging.getLogger("isocenter")
 
@@ -256,6 +258,33 @@ class Clock:
         return getattr(time, name)
 
 
+def take_leave(connection: Any, left: Path) -> None:
+    """Let Flower's client end, before it connects, a connection that a SuperNode of this site before it did not end.
+
+    Args:
+        connection: Flower's module of the connection.
+        left: keeps the node's number for as long as there is one to take leave of.
+    """
+    client: Any = connection.FleetHttpClient
+    activate, deactivate = client.ActivateNode, client.DeactivateNode
+
+    def activated(self: Any, request: Any) -> Any:
+        if left.exists():
+            with suppress(Exception):  # a server that cannot be reached is asked again, one that knows of none lets us in
+                deactivate(self, connection.DeactivateNodeRequest(node_id=int(left.read_text())))
+        response = activate(self, request)
+        with suppress(OSError):
+            write_atomically(left, str(response.node_id).encode(), 0o600)
+        return response
+
+    def deactivated(self: Any, request: Any) -> Any:
+        response = deactivate(self, request)
+        left.unlink(missing_ok=True)
+        return response
+
+    client.ActivateNode, client.DeactivateNode = activated, deactivated
+
+
 def check_flower(internal: Any) -> None:
     """Refuse a Flower whose parts are not those that are replaced.
 
@@ -270,12 +299,13 @@ def check_flower(internal: Any) -> None:
 
 def install(state: Path) -> Callable[[], None]:
     """Put the gate in place of Flower's apps, and return the SuperNode's main function."""
-    from flwr.supernode import start_client_internal
+    from flwr.supernode import fleet_http_connection, start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
     internal: Any = start_client_internal
     check_flower(internal)
     gate = Gate(state, internal.http_request_response)
+    take_leave(fleet_http_connection, state / "node")
     replacements: dict[str, Any] = {
         "http_request_response": gate.connection,
         "_pull_and_store_message": gate.pull,

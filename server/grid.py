@@ -24,6 +24,7 @@ LOOK_S = 5.0
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 UNREACHABLE = httpx.TransportError  # what Flower raises where its SuperLink does not answer
 UNAVAILABLE = 5  # Flower's code of an answer that a lost node will not give
+LOST = ("away", "was lost while it had the task: its SuperNode ended or its connection was cut.")
 Found = TypeVar("Found")
 
 
@@ -37,6 +38,7 @@ class Debt:
         round_number: of the run's stage; None outside of rounds.
         stage: of the run; "" outside of rounds.
         asked: time of the clock.
+        session: when the node had been connected, as Flower tells it; another one has lost the question.
     """
 
     message_id: str
@@ -44,6 +46,7 @@ class Debt:
     round_number: int | None
     stage: str
     asked: float
+    session: str = ""
 
     @property
     def words(self) -> str:
@@ -111,6 +114,7 @@ class PatientGrid:
         sent: messages of the last question, less those to nodes that were not asked.
         answered: of the last question, by node, after how many seconds it answered, if only with an error.
         seen: nodes that were connected when that was last looked at.
+        sessions: by node, when it was connected, as Flower tells it.
         training: whether the last question was a task of training.
         unanswered: of the last question, by node, why there is no answer: kind and sentence.
         quorum_s: seconds until ``rule.enough`` had answered the last question; None where they have not.
@@ -137,6 +141,7 @@ class PatientGrid:
         self.training = False
         self._node_of: dict[str, int] = {}
         self.seen: set[int] = set()
+        self.sessions: dict[int, str] = {}
         self._unreachable = -NOTICE_S
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
@@ -185,7 +190,8 @@ class PatientGrid:
             if not message_id:
                 self.unanswered[about.dst_node_id] = ("unsent", "the server's SuperLink did not take the message for it.")
                 continue
-            debt = Debt(message_id, about.message_type, self.rule.round_number, self.rule.stage, self.clock())
+            session = self.sessions.get(about.dst_node_id, "")
+            debt = Debt(message_id, about.message_type, self.rule.round_number, self.rule.stage, self.clock(), session)
             self.waiting[about.dst_node_id] = debt
             self._node_of[message_id] = about.dst_node_id
             self.sent.append(message)
@@ -315,8 +321,24 @@ class PatientGrid:
 
     def connected(self) -> set[int]:
         """The connected nodes; those of the last time while the SuperLink cannot be reached."""
-        self.seen = self._reach(lambda: set(self.grid.get_node_ids()), self.seen)
+        nodes = self._reach(lambda: {node.node_id: node.last_activated_at for node in self.grid.get_nodes()}, None)
+        if nodes is not None:
+            self.seen = set(nodes)
+            self.sessions |= nodes
+            self._forget_lost()
         return set(self.seen)
+
+    def _forget_lost(self) -> None:
+        """Wait no longer for nodes that were started anew since they were asked.
+
+        Flower tells of a node that is lost only where it is looked for while it is away; one may be back by then.
+        """
+        for node, debt in [*self.waiting.items(), *self.debts.items()]:
+            if self.sessions.get(node, debt.session) != debt.session:
+                log.info("%s was started anew and has lost %s", self.name(node), debt.words)
+                if self.waiting.pop(node, None) is not None:
+                    self.unanswered[node] = LOST
+                self.debts.pop(node, None)
 
     def _reach(self, look: Callable[[], Found], otherwise: Found) -> Found:
         """What the SuperLink tells, or, while it cannot be reached, something else: whoever waits looks again."""

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from core.exchange import ExchangeError, State, array_bytes, check_size, content, fingerprint, pack
 from core.faults import error_kind
-from server.grid import UNAVAILABLE, PatientGrid, by_name
+from server.grid import LOST, UNAVAILABLE, PatientGrid, by_name
 
 log = logging.getLogger("isocenter")
 
@@ -172,7 +172,7 @@ class Sites:
 def failure_of(error: Error) -> tuple[str, str]:
     """Kind and sentence of an answer that is an error: the site's own, or Flower's about a node that it has lost."""
     if error.code == UNAVAILABLE:
-        return "away", "was lost while it had the task: its SuperNode ended or its connection was cut."
+        return LOST
     return error_kind(error.reason or "")
 
 

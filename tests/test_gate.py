@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from client import supernode
 from client.approval import digest
 from client.jobs import Job
-from client.supernode import BUSY_S, IDLE_S, LOOK_S, RECENT_S, Clock, Gate, StartError, check_flower
+from client.supernode import BUSY_S, IDLE_S, LOOK_S, RECENT_S, Clock, Gate, StartError, check_flower, take_leave
 from client.warm import Asker, is_stopped
 from core.faults import SiteError, error_kind
 
@@ -371,6 +371,47 @@ def test_the_clock_is_time_but_for_its_pauses() -> None:
     assert clock.time() == pytest.approx(time.time(), abs=60)
 
 
+class FakeFleet:
+    """The server's side of a connection, which lets a node in that is not connected."""
+
+    online: ClassVar[set[int]] = set()
+    reachable = True
+
+    def ActivateNode(self, _: object) -> SimpleNamespace:  # noqa: N802 - Flower's name
+        if 7 in self.online:
+            raise RuntimeError("Failed to activate SuperNode")
+        self.online.add(7)
+        return SimpleNamespace(node_id=7)
+
+    def DeactivateNode(self, request: SimpleNamespace) -> None:  # noqa: N802 - Flower's name
+        if not self.reachable:
+            raise ConnectionError
+        self.online.remove(request.node_id)
+
+
+def test_a_connection_that_a_killed_supernode_left_is_ended_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = SimpleNamespace(FleetHttpClient=FakeFleet, DeactivateNodeRequest=SimpleNamespace)
+    for name in ("ActivateNode", "DeactivateNode"):
+        monkeypatch.setattr(FakeFleet, name, getattr(FakeFleet, name))
+    take_leave(connection, tmp_path / "node")
+    fleet = FakeFleet()
+    fleet.ActivateNode(None)
+    fleet.DeactivateNode(SimpleNamespace(node_id=7))
+    assert list(tmp_path.iterdir()) == []
+    fleet.ActivateNode(None)
+    monkeypatch.setattr(FakeFleet, "reachable", False)
+    with pytest.raises(RuntimeError, match="Failed to activate"):
+        fleet.ActivateNode(None)
+    monkeypatch.setattr(FakeFleet, "reachable", True)
+    assert fleet.ActivateNode(None).node_id == 7
+    (tmp_path / "node").write_text("damaged")
+    fleet.online.clear()
+    assert fleet.ActivateNode(None).node_id == 7
+    assert (tmp_path / "node").read_text() == "7"
+
+
 def test_another_flower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.supernode import start_client_internal as internal
 
@@ -392,7 +433,7 @@ def test_flowers_own_loop_runs_nothing_else_than_what_is_approved(
 ) -> None:
     """Flower's function that serves a SuperNode, behind the gate, until its one message is answered."""
     from flwr.supercore.object_store import ObjectStoreFactory
-    from flwr.supernode import start_client_internal
+    from flwr.supernode import fleet_http_connection, start_client_internal
     from flwr.supernode.nodestate import NodeStateFactory
 
     internal: Any = start_client_internal
@@ -416,6 +457,9 @@ def test_flowers_own_loop_runs_nothing_else_than_what_is_approved(
     monkeypatch.setattr(internal, "http_request_response", connect)
     for name in ("_pull_and_store_message", "_push_messages", "time"):
         monkeypatch.setattr(internal, name, getattr(internal, name))
+    client: Any = fleet_http_connection.FleetHttpClient
+    for name in ("ActivateNode", "DeactivateNode"):
+        monkeypatch.setattr(client, name, getattr(client, name))
     monkeypatch.setattr(internal, "register_signal_handlers", lambda **_: None)
     monkeypatch.setattr(internal, "log", lambda *_: None)
     state = tmp_path / "state"

@@ -12,11 +12,19 @@ from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.grid import LONGEST_PAUSE_S, UNAVAILABLE, Pace, PatientGrid, Rule
+from server.grid import LONGEST_PAUSE_S, LOOK_S, LOST, UNAVAILABLE, Pace, PatientGrid, Rule
 from server.sites import Sites
 
 TIMEOUT_S = 500.0
 NAMES = {1: "a", 2: "b", 3: "c"}
+
+
+@dataclass
+class NodeInfo:
+    """What Flower tells of a node."""
+
+    node_id: int
+    last_activated_at: str
 
 
 @dataclass
@@ -27,11 +35,13 @@ class FakeGrid:
         delays: by node, after how many seconds it answers, one for each question; None: never.
         failing: nodes whose answer is an error.
         offline: nodes that are not connected, and when they come: seconds, or None for never.
+        restarts: nodes that are started anew, and when; what they were asked before is lost.
     """
 
     delays: dict[int, list[float | None]]
     failing: set[int] = field(default_factory=set)
     offline: dict[int, float | None] = field(default_factory=dict)
+    restarts: dict[int, float] = field(default_factory=dict)
     now: float = 0.0
     pushed: list[Message] = field(default_factory=list)
     replies: list[tuple[float, Message]] = field(default_factory=list)
@@ -42,10 +52,11 @@ class FakeGrid:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def get_node_ids(self) -> Iterable[int]:
+    def get_nodes(self) -> Iterable[NodeInfo]:
         never = float("inf")
         since = {node: never if when is None else when for node, when in self.offline.items()}
-        return [node for node in self.delays if since.get(node, 0.0) <= self.now]
+        connected = [node for node in self.delays if since.get(node, 0.0) <= self.now]
+        return [NodeInfo(node, "anew" if self.restarts.get(node, never) <= self.now else "first") for node in connected]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str | None]:
         return [self.push(message) for message in messages]
@@ -97,6 +108,27 @@ def question(nodes: Iterable[int], message_type: str = "train.pretrain") -> list
 def ask(grid: PatientGrid, nodes: Iterable[int], message_type: str = "train.pretrain") -> list[int]:
     """Who answers a question."""
     return sorted(grid.node_of(reply) for reply in grid.send_and_receive(question(nodes, message_type), timeout=TIMEOUT_S))
+
+
+def test_a_node_that_was_started_anew_is_waited_for_no_longer(said: pytest.LogCaptureFixture) -> None:
+    fake = FakeGrid({1: [20.0], 2: [None, 3.0], 3: [30.0]}, restarts={2: 12.0})
+    grid = fake.patient()
+    assert ask(grid, NAMES) == [1, 3]
+    assert grid.unanswered == {2: LOST}
+    assert fake.now <= 30 + LOOK_S
+    assert "b was started anew and has lost pretrain" in said.text
+    assert ask(grid, [2]) == [2]
+    assert grid.debts == {}
+
+
+def test_what_a_node_owes_that_was_started_anew_is_forgotten() -> None:
+    fake = FakeGrid({1: [0.0], 2: [None, 3.0]}, restarts={2: 2 * TIMEOUT_S})
+    grid = fake.patient()
+    assert ask(grid, [1, 2]) == [1]
+    assert set(grid.debts) == {2}
+    fake.now = 2 * TIMEOUT_S
+    assert ask(grid, [1, 2]) == [1, 2]
+    assert grid.debts == {}
 
 
 def test_everybody_answers_and_nobody_is_waited_for_longer() -> None:
@@ -395,7 +427,7 @@ def test_a_message_that_flower_does_not_take_is_told(numbers: Any) -> None:
     assert fake.now <= LONGEST_PAUSE_S
 
 
-@pytest.mark.parametrize("part", ["get_node_ids", "pull_messages"])
+@pytest.mark.parametrize("part", ["get_nodes", "pull_messages"])
 def test_a_superlink_that_cannot_be_reached_for_a_moment_is_tried_again(
     part: str, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
