@@ -1,5 +1,6 @@
 """Tiny hospitals on disk, and the real apps run over them inside this process."""
 
+import base64
 import gzip
 import inspect
 import json
@@ -20,6 +21,9 @@ NodeConfig = dict[str, str | int | bool | float]
 torch.set_num_threads(1)
 # Without per-scan results there is nothing to probe and draw, which would take most of the time.
 TINY = "experiment=tiny finetune=none evaluation=per_scan policy.share_per_scan=false"
+
+# A picture of one pixel.
+BLANK = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mP4DwABAQEAHLCMmQAAAABJRU5ErkJggg==")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -81,6 +85,17 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(outcomes.paired_difference.__kwdefaults__, "num_permutations", 100)
 
 
+def paint_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Figures of reports are made and not painted, which takes a third of a short run."""
+    patch.setattr("core.report_figures._png", lambda _: BLANK)
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports whose figures nobody looks at."""
+    paint_nothing(monkeypatch)
+
+
 @pytest.fixture
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that share scans collect them and leave it at that."""
@@ -108,14 +123,19 @@ def consortium(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def federate(tmp_path: Path) -> Callable[..., Path]:
-    """Run the real apps over the sites of a folder, in this process; the run's folder."""
+    """Run the real apps over the sites of a folder, in this process, without painting figures unless told; the run's folder."""
     from client.app import app as client_app
     from core.data.bids import list_sites
     from server.app import app as server_app
     from simulations.in_process import run_in_process
 
     def run(
-        root: Path, *overrides: str, name: str = "run", node_configs: dict[int, NodeConfig] | None = None, **grid: object
+        root: Path,
+        *overrides: str,
+        name: str = "run",
+        node_configs: dict[int, NodeConfig] | None = None,
+        painted: bool = False,
+        **grid: object,
     ) -> Path:
         sites = list_sites(root)
         virtual: dict[int, NodeConfig] = {
@@ -123,7 +143,10 @@ def federate(tmp_path: Path) -> Callable[..., Path]:
         }
         sites_of_run = [] if "data=" in " ".join(overrides) else ["data=folder"]
         text = " ".join([TINY, *sites_of_run, f"data.root={root}", f"output={tmp_path / 'runs'}", f"name={name}", *overrides])
-        run_in_process(server_app, client_app, text, node_configs or virtual, **grid)
+        with pytest.MonkeyPatch.context() as patch:
+            if not painted:
+                paint_nothing(patch)
+            run_in_process(server_app, client_app, text, node_configs or virtual, **grid)
         return tmp_path / "runs" / name
 
     return run

@@ -45,6 +45,8 @@ from server.app import app as server_app
 from server.sites import RunError
 from simulations.in_process import run_in_process
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 OPEN = MomentPolicy(min_group=1, diagonal_subjects=1, covariance_subjects_per_feature=0, round_counts_to=1)
 PERMISSIVE = " ".join(f"policy.{name}={value}" for name, value in vars(OPEN).items())
 TINY = (

@@ -33,6 +33,7 @@ def test_a_run_goes_from_scans_to_a_report(consortium: Path, federate: Federate)
         consortium,
         "policy.share_per_scan=true finetune=both finetune.num_rounds=1 data.pretrain_sites=[a,b] data.target_sites=[c]",
         name="whole",
+        painted=True,
     )
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {tuple(sorted(row)) for row in metrics} == {

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from simulations.in_process import InProcessGrid
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 NodeConfig = dict[str, str | int | bool | float]
 RunGrowing = Callable[..., tuple[list[dict[str, dict[str, object]]], Path]]
 TINY = (

@@ -10,9 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
@@ -27,8 +31,11 @@ from server.sites import RunError
 from simulations.cli import register
 from simulations.in_process import InProcessGrid
 
+pytestmark = pytest.mark.usefixtures("unpainted")
 NodeConfig = dict[str, str | int | bool | float]
 Run = Callable[..., Path]
+# Where a run dies: a function, in which of its calls, and what of its work is done by then.
+Place = tuple[str, int, Callable[..., None] | None]
 ROOT = Path(__file__).parents[1]
 register(console)
 RUNNER = CliRunner()
@@ -71,10 +78,31 @@ def virtual(number: int) -> dict[int, NodeConfig]:
     return {node + 1: {"partition-id": node, "num-partitions": number} for node in range(number)}
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A run that nothing stopped, and beside it what it would have left had it died at a place."""
+
+    folder: Path
+    album: Path
+
+    def died(self, place: str, runs: Path) -> Path:
+        """Put what is left of a run that died at a place into a folder of runs; the run's folder."""
+        return Path(shutil.copytree(self.album / place, runs / "x"))
+
+
 @pytest.fixture(scope="module")
-def unbroken(hospitals: Path) -> Callable[[str], Path]:
+def long(hospitals: Path) -> Whole:
+    """The run `LONG`, and what is left of it at all `PLACES` and after its first rounds."""
+    output = hospitals.parent / "long"
+    with photographed(output / "x", {**PLACES, **AFTER}, output / "album"):
+        run_in(output, f"{BASE} data.root={hospitals} {LONG}", virtual(3))
+    return Whole(output / "x", output / "album")
+
+
+@pytest.fixture(scope="module")
+def unbroken(hospitals: Path, long: Whole) -> Callable[[str], Path]:
     """The folder of a run with these options that nothing stopped, made once."""
-    done: dict[str, Path] = {}
+    done = {LONG: long.folder}
 
     def folder(options: str) -> Path:
         if options not in done:
@@ -86,14 +114,16 @@ def unbroken(hospitals: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def run(hospitals: Path, tmp_path: Path) -> Run:
-    """Run with these options over the three hospitals, under other node numbers each time."""
+def run(hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run with these options over the three hospitals, under other node numbers each time; results go to `tmp_path`/runs."""
     calls: list[int] = []
+    monkeypatch.chdir(tmp_path)
 
     def start(options: str, *more: str) -> Path:
         calls.append(1)
         nodes = {node + 100 * len(calls): config for node, config in virtual(3).items()}
-        return run_in(tmp_path / "runs", " ".join([BASE, f"data.root={hospitals}", options, *more]), nodes)
+        # A relative folder: overrides that are the same in all tests are read once.
+        return run_in(Path("runs"), " ".join([BASE, f"data.root={hospitals}", options, *more]), nodes)
 
     return start
 
@@ -122,27 +152,49 @@ def assert_same(resumed: Path, whole: Path) -> None:
     assert sorted(path.name for path in resumed.rglob("*")) == names
 
 
-def stop_in(monkeypatch: pytest.MonkeyPatch, where: str, calls: int, before: Callable[..., None]) -> None:
-    """Let a function, as dotted by its module, die in its so many-th call, after having done something in place of its work."""
+def replace_by(patch: pytest.MonkeyPatch, where: str, instead: Callable[..., object]) -> None:
+    """Put a function, which gets the original first, in the place of one, as dotted by its module."""
     module, _, name = where.rpartition(".")
-    original, seen = getattr(importlib.import_module(module), name), list[int]()
+    patch.setattr(where, partial(instead, getattr(importlib.import_module(module), name)))
 
-    def dying(*args: object, **kwargs: object) -> object:
-        seen.append(1)
-        if len(seen) == calls:
-            before(*args, **kwargs)
+
+@contextmanager
+def photographed(folder: Path, places: Mapping[str, Place], album: Path) -> Iterator[None]:
+    """Copy a run's folder at each place, with what is done there in place of the work: a dead process leaves the same."""
+    counts = {where: count(1) for where, _, _ in places.values()}
+
+    def copying(where: str, original: Callable[..., object], *args: Any, **kwargs: object) -> object:
+        number = next(counts[where])
+        for name, (at, calls, before) in places.items():
+            if (at, calls) == (where, number):
+                shutil.copytree(folder, album / name)
+                if before:
+                    before(album / name / args[0].relative_to(folder), *args[1:], **kwargs)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for where in counts:
+            replace_by(patch, where, partial(copying, where))
+        yield
+    assert {path.name for path in album.iterdir()} == set(places)
+
+
+def stop_in(monkeypatch: pytest.MonkeyPatch, where: str, calls: int) -> None:
+    """Let a function die in its so many-th call, in place of its work."""
+    seen = count(1)
+
+    def dying(original: Callable[..., object], *args: object, **kwargs: object) -> object:
+        if next(seen) == calls:
             raise Stop
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(sys.modules[module], name, dying)
+    replace_by(monkeypatch, where, dying)
 
 
-def killed(
-    monkeypatch: pytest.MonkeyPatch, run: Callable[[], object], where: str, calls: int, before: Callable[..., None] | None = None
-) -> None:
+def killed(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object], where: str, calls: int) -> None:
     """A run that dies in a function's so many-th call."""
     with monkeypatch.context() as patch:
-        stop_in(patch, where, calls, before or (lambda *_, **__: None))
+        stop_in(patch, where, calls)
         with pytest.raises(Stop):
             run()
 
@@ -167,7 +219,7 @@ def line_and_no_more(folder: Path, *_: object) -> None:
 
 
 # Rounds in order: 5 of pretraining, linear_probe 2 (its patience ends), full_finetuning 3.
-PLACES = {
+PLACES: dict[str, Place] = {
     "while the run begins": ("server.app.keep_begun", 1, None),
     "in the checkpoint of the first round": ("core.checkpoint.write_atomically", 2, half_a_file),
     "before the first state": ("server.resume.write_atomically", 2, None),
@@ -188,15 +240,13 @@ PLACES = {
     "in the figures": ("server.app.write_metrics", 1, None),
     "in the report": ("server.app.write_report", 1, None),
 }
+AFTER: dict[str, Place] = {f"after {rounds}": ("server.resume.append_line", rounds + 1, None) for rounds in range(10)}
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_run_that_dies_anywhere_ends_as_one_that_never_stopped(
-    run: Run, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    where, calls, before = PLACES[place]
-    killed(monkeypatch, lambda: run(LONG), where, calls, before)
-    assert_same(run(LONG, "resume=true"), unbroken(LONG))
+def test_a_run_that_dies_anywhere_ends_as_one_that_never_stopped(run: Run, long: Whole, tmp_path: Path, place: str) -> None:
+    long.died(place, tmp_path / "runs")
+    assert_same(run(LONG, "resume=true"), long.folder)
 
 
 def resume_after_each_round(run: Run, options: str, rounds: int, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -372,32 +422,29 @@ def named(root: Path, *names: str, first: int = 1) -> dict[int, NodeConfig]:
 LATE = f"{BASE} data.root=null finetune=both finetune.stages=[linear_probe] num_rounds=4 debias.exchange_every=3 evaluation=sums"
 
 
+@pytest.fixture(scope="module")
+def growing(hospitals: Path) -> Whole:
+    """The run `LATE`, to which c comes late, and what is left of it after its first rounds."""
+    output = hospitals.parent / "growing"
+    with photographed(output / "x", dict(list(AFTER.items())[:5]), output / "album"):
+        run_in(output, LATE, named(hospitals, "a", "b", "c"), GrowingGrid)
+    return Whole(output / "x", output / "album")
+
+
 @pytest.mark.parametrize("rounds", [1, 2, 3, 4])
-def test_a_site_that_was_admitted_late_takes_part_again(
-    hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
-) -> None:
+def test_a_site_that_was_admitted_late_takes_part_again(hospitals: Path, growing: Whole, tmp_path: Path, rounds: int) -> None:
     """It is there when the run goes on, and takes part from the round in which it did, no other."""
-    whole = run_in(tmp_path / "whole", LATE, named(hospitals, "a", "b", "c"), GrowingGrid)
-    assert sites_in(whole) == ["ab", "abc", "abc", "abc", "bc"]
-    killed(
-        monkeypatch,
-        lambda: run_in(tmp_path / "runs", LATE, named(hospitals, "a", "b", "c"), GrowingGrid),
-        "server.resume.append_line",
-        rounds + 1,
-    )
-    assert_same(run_in(tmp_path / "runs", f"{LATE} resume=true", named(hospitals, "a", "b", "c", first=101), Grown), whole)
+    assert sites_in(growing.folder) == ["ab", "abc", "abc", "abc", "bc"]
+    growing.died(f"after {rounds}", tmp_path / "runs")
+    resumed = run_in(tmp_path / "runs", f"{LATE} resume=true", named(hospitals, "a", "b", "c", first=101), Grown)
+    assert_same(resumed, growing.folder)
 
 
 def test_a_site_that_took_part_is_waited_for_and_without_a_quorum_needed(
-    hospitals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hospitals: Path, growing: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = "strategy.wait_for_sites_s=1"
-    killed(
-        monkeypatch,
-        lambda: run_in(tmp_path / "runs", LATE, named(hospitals, "a", "b", "c"), GrowingGrid),
-        "server.resume.append_line",
-        3,
-    )
+    growing.died("after 2", tmp_path / "runs")
     with pytest.raises(RunError, match=r"3 must connect within 1 s, 2 did"):
         run_in(tmp_path / "runs", f"{LATE} resume=true {short}", named(hospitals, "a", "b"))
     shutil.copytree(hospitals / "a", hospitals / "d", dirs_exist_ok=True)
@@ -416,10 +463,8 @@ def test_a_site_that_took_part_is_waited_for_and_without_a_quorum_needed(
     assert sites_in(folder)[1:3] == ["abc", "ab"]
 
 
-def test_the_encoder_to_begin_with_may_be_gone(
-    run: Run, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    first = unbroken(LONG) / "checkpoints" / "pretrain-0005.safetensors"
+def test_the_encoder_to_begin_with_may_be_gone(run: Run, long: Whole, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    first = long.folder / "checkpoints" / "pretrain-0005.safetensors"
     start = tmp_path / "start.safetensors"
     shutil.copy(first, start)
     options = f"start={start} num_rounds=2 debias=none finetune=both finetune.stages=[linear_probe,from_scratch]"
@@ -441,11 +486,6 @@ def test_a_private_run_tells_that_it_was_gone_on_with(run: Run, monkeypatch: pyt
     assert read_lines(tmp_path / "runs" / "x")[-1]["privacy"]["c"]["steps"] == 6
 
 
-def stopped_after(run: Run, options: str, lines: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    killed(monkeypatch, lambda: run(options), "server.resume.append_line", lines + 1)
-    return tmp_path / "runs" / "x"
-
-
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-7] ^= 1
@@ -462,47 +502,41 @@ DAMAGES = {"flipped": flip, "truncated": truncate, "missing": Path.unlink}
 @pytest.mark.parametrize("folder", ["checkpoints", "resume"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_round_is_done_again_from_the_one_before(
-    run: Run,
-    unbroken: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    damage: str,
-    folder: str,
+    run: Run, long: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, folder: str
 ) -> None:
-    kept = stopped_after(run, LONG, 3, monkeypatch, tmp_path)
+    kept = long.died("after 3", tmp_path / "runs")
     DAMAGES[damage](kept / folder / "pretrain-0003.safetensors")
-    assert_same(run(LONG, "resume=true"), unbroken(LONG))
+    assert_same(run(LONG, "resume=true"), long.folder)
     said = capsys.readouterr().out
     assert "pretrain: what was kept of round 3 is damaged or missing, so round 3 is done again" in said
     assert "pretrain: 2 of 5 rounds were finished before" in said
 
 
 def test_a_damaged_end_of_pretraining_takes_back_what_came_of_it(
-    run: Run, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Run, long: Whole, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    kept = stopped_after(run, LONG, 9, monkeypatch, tmp_path)
+    kept = long.died("after 9", tmp_path / "runs")
     flip(kept / "checkpoints" / "pretrain-0005.safetensors")
     killed(monkeypatch, lambda: run(LONG, "resume=true"), "server.strategy.keep_round", 1)
     assert [line["round"] for line in told(kept)] == [1, 2, 3, 4]
-    assert_same(run(LONG, "resume=true"), unbroken(LONG))
+    assert_same(run(LONG, "resume=true"), long.folder)
 
 
 @pytest.mark.parametrize("folder", ["checkpoints", "resume"])
 def test_a_stage_that_is_over_is_not_trained_again_where_one_of_its_files_is_damaged(
-    run: Run, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: str
+    run: Run, long: Whole, tmp_path: Path, folder: str
 ) -> None:
     """The linear probe ended after round 2 by the patience of 1: the best round is in its checkpoint and in the last state."""
-    kept = stopped_after(run, LONG, 8, monkeypatch, tmp_path)
+    kept = long.died("after 8", tmp_path / "runs")
     assert [path.name for path in sorted((kept / "checkpoints").glob("linear*"))] == ["linear_probe-0001.safetensors"]
     flip(kept / folder / ("linear_probe-0001.safetensors" if folder == "checkpoints" else "linear_probe-0002.safetensors"))
     before = (kept / "rounds.jsonl").read_text().splitlines()
-    assert_same(run(LONG, "resume=true"), unbroken(LONG))
+    assert_same(run(LONG, "resume=true"), long.folder)
     assert (kept / "rounds.jsonl").read_text().splitlines()[:8] == before
 
 
-def test_rounds_of_which_nothing_is_whole_are_one_sentence(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    kept = stopped_after(run, LONG, 3, monkeypatch, tmp_path)
+def test_rounds_of_which_nothing_is_whole_are_one_sentence(run: Run, long: Whole, tmp_path: Path) -> None:
+    kept = long.died("after 3", tmp_path / "runs")
     flip(kept / "checkpoints" / "pretrain-0003.safetensors")
     truncate(kept / "resume" / "pretrain-0002.safetensors")
     with pytest.raises(
@@ -515,8 +549,8 @@ def test_rounds_of_which_nothing_is_whole_are_one_sentence(run: Run, monkeypatch
         run(LONG, "resume=true")
 
 
-def test_another_configuration_or_code_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    kept = stopped_after(run, LONG, 3, monkeypatch, tmp_path)
+def test_another_configuration_or_code_is_refused(run: Run, long: Whole, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept = long.died("after 3", tmp_path / "runs")
     with pytest.raises(
         RunError, match=r"must be the one it was started with, debias\.weight, seed differ\. Leave them as run\.js"
     ):
@@ -539,13 +573,9 @@ def test_another_configuration_or_code_is_refused(run: Run, monkeypatch: pytest.
 
 
 def test_waiting_and_keeping_may_be_changed_and_other_versions_are_told(
-    run: Run,
-    unbroken: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    run: Run, long: Whole, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kept = stopped_after(run, LONG, 3, monkeypatch, tmp_path)
+    kept = long.died("after 3", tmp_path / "runs")
     about = json.loads((kept / "run.json").read_text())
     about["versions"]["torch"] = "1.0"
     (kept / "run.json").write_text(json.dumps(about))
@@ -555,28 +585,33 @@ def test_waiting_and_keeping_may_be_changed_and_other_versions_are_told(
         f"pretrain-000{number}.safetensors" for number in (3, 4, 5)
     ]
     name = "pretrain-0005.safetensors"
-    one, other = (load_file(path / "checkpoints" / name) for path in (folder, unbroken(LONG)))
+    one, other = (load_file(path / "checkpoints" / name) for path in (folder, long.folder))
     assert all(value.equal(other[key]) for key, value in one.items())
     assert read_run(folder).resumed == 1
 
 
+# After how many rounds the run has begun, at first or again, that finds the disk full, and how many it has finished then.
 FULL = {
-    "run.json": 0,
-    "untrained-0000.safetensors": 0,
-    "begun.json": 0,
-    "checkpoints/pretrain-0003.safetensors": 2,
-    "resume/pretrain-0003.safetensors": 2,
-    "rounds.jsonl": 2,
-    "checkpoints/linear_probe-0001.safetensors": 5,
-    "metrics.json": 10,
-    "report.html": 10,
+    "run.json": (None, 0),
+    "untrained-0000.safetensors": (None, 0),
+    "begun.json": (None, 0),
+    "checkpoints/pretrain-0003.safetensors": (None, 2),
+    "resume/pretrain-0003.safetensors": (1, 2),
+    "rounds.jsonl": (None, 2),
+    "checkpoints/linear_probe-0001.safetensors": (4, 5),
+    "metrics.json": (9, 10),
+    "report.html": (9, 10),
 }
 
 
 @pytest.mark.parametrize("name", FULL)
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
-    run: Run, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+    run: Run, long: Whole, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
+    begun, finished = FULL[name]
+    if begun is not None:
+        long.died(f"after {begun}", tmp_path / "runs")
+
     def full(path: Path, *_: object) -> None:
         if path.as_posix().endswith(name):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -596,13 +631,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
             patch.setattr(f"{module}.write_atomically", write)
         patch.setattr("server.resume.append_line", append)
         with pytest.raises(RunError, match=r"^.*: the server's disk must have room for what a run keeps, it is full\. .*$"):
-            run(LONG)
-    kept = tmp_path / "runs" / "x"
-    assert len(read_lines(kept)) == FULL[name]
-    if name == "run.json":
-        assert_same(run(LONG), unbroken(LONG))
-    else:
-        assert_same(run(LONG, "resume=true"), unbroken(LONG))
+            run(LONG, *([] if begun is None else ["resume=true"]))
+    assert len(read_lines(tmp_path / "runs" / "x")) == finished
+    assert_same(run(LONG, *([] if name == "run.json" else ["resume=true"])), long.folder)
 
 
 def test_a_file_that_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -618,10 +649,10 @@ def test_a_file_that_does_not_fit_leaves_nothing_behind(tmp_path: Path, monkeypa
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
-def test_two_servers_do_not_work_in_one_folder(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_two_servers_do_not_work_in_one_folder(run: Run, long: Whole, tmp_path: Path) -> None:
     from filelock import FileLock
 
-    kept = stopped_after(run, LONG, 1, monkeypatch, tmp_path)
+    kept = long.died("after 1", tmp_path / "runs")
     with (
         FileLock(kept / "resume" / "lock"),
         pytest.raises(RunError, match="must be used by one server at a time, another works in it"),
@@ -629,12 +660,10 @@ def test_two_servers_do_not_work_in_one_folder(run: Run, monkeypatch: pytest.Mon
         run(LONG, "resume=true")
 
 
-def test_a_run_that_died_before_its_first_round_may_be_started_again(
-    run: Run, unbroken: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    kept = stopped_after(run, LONG, 0, monkeypatch, tmp_path)
+def test_a_run_that_died_before_its_first_round_may_be_started_again(run: Run, long: Whole, tmp_path: Path) -> None:
+    kept = long.died("after 0", tmp_path / "runs")
     assert (kept / "checkpoints" / "pretrain-0001.safetensors").is_file()
-    assert_same(run(LONG), unbroken(LONG))
+    assert_same(run(LONG), long.folder)
 
 
 def test_the_best_round_is_the_first_of_the_smallest_losses() -> None:

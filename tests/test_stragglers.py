@@ -21,6 +21,8 @@ from server.sites import RunError
 from server.strategy import EARLIER, SiteRounds
 from simulations.in_process import InProcessGrid
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 NODES = {"a": 1, "b": 2, "c": 3}
 TRAINING_S = 40.0  # so long a site trains where nothing else is said; a deadline then is 120 s
 PLAIN = "experiment=tiny data=folder finetune=none evaluation=none debias=none name=slow"

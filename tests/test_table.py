@@ -31,6 +31,8 @@ from server.strategy import RunError
 from simulations.cli import register
 from simulations.in_process import run_in_process
 
+pytestmark = pytest.mark.usefixtures("unpainted")
+
 TABULAR = Path(__file__).parents[2] / "shared" / "data" / "tabular"
 needs_data = pytest.mark.skipif(not TABULAR.is_dir(), reason="../shared/data/tabular is not here: public tables, not shipped")
 ABIDE = TABULAR / "abide_fs" / "FS_features_ABIDE_males.csv"
