@@ -40,11 +40,13 @@ from client.state import private_folder
 from client.warm import Asker, ask_worker, connect, mark_stopped
 from core.faults import SiteError, incident
 from core.files import write_atomically
+from core.memory import keep_freed_memory
 
 log = logging.getLogger("isocenter")
 
 FLOWER = "1.41"
 BUSY_S, IDLE_S = 0.25, 2.0
+AGAIN_S = 0.05  # until a part of a message that is still on its way is asked for again, at first
 RECENT_S = 300.0  # after a message, the next one is asked for often
 LOOK_S = 10.0  # between two looks at whether a run still runs
 NOT_APPROVED = SiteError(
@@ -129,7 +131,7 @@ class Gate:
             run_id, message_id = about.metadata.run_id, about.metadata.message_id
             app = self.app_of(run_id, get_run, get_fab)
             names = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
-            contents = pull_objects(names, lambda name: pull_object(run_id, name))
+            contents = pull_objects(names, lambda name: pull_object(run_id, name), initial_backoff=AGAIN_S)
             confirm_message_received(run_id, message_id)
             message = inflate_object_from_contents(message_id, contents)
             assert isinstance(message, Message)
@@ -319,6 +321,7 @@ def install(state: Path) -> Callable[[], None]:
 
 def main() -> None:
     """``python -m client.supernode STATE`` and then what `flower-supernode` takes."""
+    keep_freed_memory()
     state = Path(sys.argv[1])
     sys.argv = ["flower-supernode", *sys.argv[2:], "--isolation", "process"]
     install(state)()

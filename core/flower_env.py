@@ -36,6 +36,8 @@ QUIET = {
     "COLUMNS": "1000",  # keeps Flower's sentences on one line
     # `flwr run` does not flush what it prints: through a pipe it would come in blocks of 8 kB.
     "PYTHONUNBUFFERED": "1",
+    # Every piece of an array is a request of its own, which costs as much as to send 10 MB.
+    "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(16 << 20),
 }
 """What keeps Flower and Ray quiet, local and readable."""
 

@@ -22,6 +22,7 @@ from core.evaluation.reading import ROLES
 from core.exchange import PER_SCAN, ExchangeError, State, content, fingerprint, pack
 from core.finetuning import prediction_notes, privacy_notes, trained_names
 from core.log_lines import StandardStream
+from core.memory import keep_freed_memory
 from core.models import Classifier, Encoder, build_classifier, build_pretrainer, num_erased, ordered_constants, split_constants
 from core.moments import Reference
 from core.report import write_report
@@ -34,7 +35,7 @@ from core.starts import Start, StartError, load_start, read_start
 from server.average import check_enough
 from server.board import Board, tell_stopped
 from server.evaluation import Stages, choose_evaluation, evaluate_scans, evaluate_sums, score_counted, score_predictions
-from server.grid import NOTICE_S, UNREACHABLE, PatientGrid
+from server.grid import NOTICE_S, UNREACHABLE, PatientGrid, ask_again_soon
 from server.guard import read_about
 from server.resume import (
     check_begun,
@@ -85,6 +86,8 @@ def main(grid: Grid, context: Context) -> None:
     """
     speak()
     torch.set_num_threads(1)
+    keep_freed_memory()
+    ask_again_soon()
     try:
         carry_out(grid, context)
     except (RunError, ConfigError, ExchangeError, StartError) as error:

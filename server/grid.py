@@ -16,6 +16,7 @@ from typing import TypeVar
 import httpx
 from flwr.app import Message
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 
 log = logging.getLogger("isocenter")
 
@@ -26,6 +27,16 @@ UNREACHABLE = httpx.TransportError  # what Flower raises where its SuperLink doe
 UNAVAILABLE = 5  # Flower's code of an answer that a lost node will not give
 LOST = ("away", "was lost while it had the task: its SuperNode ended or its connection was cut.")
 Found = TypeVar("Found")
+
+
+AGAIN_S = 0.05
+
+
+def ask_again_soon() -> None:
+    """Let Flower's grid ask for the rest of an answer that is still on its way after a moment; its own pause is a second."""
+    defaults = pull_objects.__kwdefaults__
+    assert defaults is not None
+    defaults["initial_backoff"] = AGAIN_S
 
 
 @dataclass(frozen=True)

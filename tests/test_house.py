@@ -59,7 +59,8 @@ PRIVATE_FLOWER = {
         "flwr.supernode",
         "flwr.supernode.cli.flower_supernode",
     },
-    "server/flower_superlink.py": {"flwr.superlink", "flwr.superlink.cli.flower_superlink"},
+    "server/grid.py": {"flwr.supercore.inflatable.inflatable_utils"},
+    "server/flower_superlink.py": {"flwr.supercore.sql_mixin", "flwr.superlink", "flwr.superlink.cli.flower_superlink"},
 }
 RUN_CODE = {"pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve"}
 
