@@ -29,7 +29,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("make: python3 must be version 3.11 or newer, got %d.%d; name another one: make PYTHON=/path/to/python3." % sys.version_info[:2])'
 	@echo "make: installing isocenter and what it needs into .venv, once; this takes a few minutes ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true # on all cores; pip takes one. Some files are templates.
 	@touch $@
 	@echo "make: installed."
 

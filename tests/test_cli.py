@@ -100,6 +100,19 @@ def test_a_missing_folder_is_one_line_before_anything_starts(tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_data_the_phantom_is_written_on_first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "write_phantom", lambda *args, **kwargs: told.append((args, kwargs)))
+    monkeypatch.setattr(cli, "simulate_in", lambda folder, overrides, _: told.append(overrides) or folder)
+    done = RUNNER.invoke(app, ["run", "experiment=tiny"])
+    assert done.exit_code == 0
+    phantom = tmp_path / "data" / "phantom"
+    assert told[0] == ((phantom,), {"seed": 0, "scale": 1.0})
+    assert f'data.root="{phantom}"' in told[1]
+    assert done.output.strip() == f"open {tmp_path / 'runs' / 'tiny' / 'report.html'}"
+
+
 def test_a_copy_that_has_no_app_to_send_is_refused_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "APP", tmp_path)
     done = RUNNER.invoke(app, ["run", "experiment=tiny", f"data.root={tmp_path}"])
