@@ -6,13 +6,17 @@ INSTALLED := .venv/installed
 # One worker more than cores: the slow tests mostly wait for servers.
 WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 
-.PHONY: run test check deploy-demo install clean
+.PHONY: run test test-long check deploy-demo install clean
 
 run: $(INSTALLED)
 	@$(BIN)/isocenter run $(ARGS)
 
 test: $(INSTALLED)
 	@$(BIN)/pytest --numprocesses $(WORKERS) --dist load --maxschedchunk 1 $(ARGS)
+
+# Whole runs at separate sites with whatever can happen to them, and long comparisons: eight minutes.
+test-long: $(INSTALLED)
+	@$(BIN)/pytest -m long --numprocesses $(WORKERS) --dist load --maxschedchunk 1 $(ARGS)
 
 deploy-demo: $(INSTALLED)
 	@$(BIN)/python -m simulations.deploy_demo $(ARGS)

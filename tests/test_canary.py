@@ -194,6 +194,7 @@ def plant(root: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_no_subject_path_or_age_leaves_a_site(tmp_path: Path, write_site: Callable[..., None]) -> None:
     policies = {}
     for seed, site in enumerate(("fen", "hill", "south")):

@@ -199,6 +199,7 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_outlives_whatever_is_killed_and_ends_with_the_bits_of_one_that_was_left_alone(
     tmp_path: Path, write_site: Callable[..., None]
 ) -> None:
@@ -335,6 +336,7 @@ def no_file_may_grow(process: int, past: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_past_hostile_slow_and_full_sites(tmp_path: Path, write_site: Callable[..., None]) -> None:
     policies = policies_of(tmp_path, write_site, "hill", "lake", "south")
     hostile = {"lake": functools.partial(start_hostile, tmp_path / "hostile")}

@@ -138,6 +138,7 @@ def test_the_tour_and_plain_flower(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_long_comparisons_run_when_shortened(tmp_path: Path, write_site: Callable[..., None]) -> None:
     """`isocenter` is wrapped: a few steps only, on a small phantom and on a folder laid out as the real one."""
     for site in ("A", "B"):
