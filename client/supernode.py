@@ -77,7 +77,7 @@ class Task:
 
     Attributes:
         message: as the server sent it.
-        app: to carry it out.
+        app: to carry it out, or why it is not carried out.
         node_config: the site's own.
         get_run: asks the server about a run.
     """
@@ -123,25 +123,34 @@ class Gate:
         confirm_message_received: Callable[[int, str], None],
         **_: object,
     ) -> int | None:
-        """In place of Flower's: take a message in, if there is one; the number of its run."""
+        """In place of Flower's: take a message in, if there is one; the number of its run.
+
+        One that cannot be had whole is answered with the failure, so that the server does not wait for it.
+        """
         try:
             if (received := receive()) is None:
                 return None
-            about, tree = received
-            run_id, message_id = about.metadata.run_id, about.metadata.message_id
+        except RunNotRunningException:
+            return None
+        except Exception:
+            log.exception("the server could not be asked")
+            return None
+        message, tree = received
+        run_id, message_id = message.metadata.run_id, message.metadata.message_id
+        app: App | SiteError
+        try:
             app = self.app_of(run_id, get_run, get_fab)
             names = list(dict.fromkeys(node.object_id for node in iterate_object_tree(tree)))
             contents = pull_objects(names, lambda name: pull_object(run_id, name), initial_backoff=AGAIN_S)
             confirm_message_received(run_id, message_id)
-            message = inflate_object_from_contents(message_id, contents)
-            assert isinstance(message, Message)
-            message.metadata.__dict__["_message_id"] = message_id
+            whole = inflate_object_from_contents(message_id, contents)
+            assert isinstance(whole, Message)
+            whole.metadata.__dict__["_message_id"] = message_id
+            message = whole
         except RunNotRunningException:
             return None
         except Exception:
-            # The server is asked again; a message that it does not have whole is in the log as often.
-            log.exception("a message could not be taken in")
-            return None
+            app = incident()
         self.task, self.moved = Task(message, app, node_config, get_run), time.monotonic()
         return int(run_id)
 

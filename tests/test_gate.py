@@ -272,17 +272,33 @@ def test_a_failure_leaves_in_words_that_may(gate: Gate, server: Server, monkeypa
         assert "sub-007" not in text
 
 
-@pytest.mark.parametrize("trouble", ["over", "gone"])
-def test_a_message_that_cannot_be_taken_in_ends_nothing(
-    gate: Gate, server: Server, caplog: pytest.LogCaptureFixture, trouble: str
+def test_a_message_of_a_run_that_is_over_is_left(gate: Gate, server: Server) -> None:
+    server.over = True
+    assert server.pull_into(gate) is None
+    assert (server.confirmed, gate.task) == ([], None)
+
+
+def test_a_message_that_cannot_be_had_whole_is_answered_with_the_failure(
+    gate: Gate, server: Server, message: Message, asked: list[tuple[Job, Asker]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.over = trouble == "over"
-    if trouble == "gone":
-        server.objects.clear()
+    server.objects.clear()
+    with caplog.at_level(logging.ERROR, "isocenter"):
+        assert server.pull_into(gate) == 5
+    assert len(caplog.records) == 1
+    reply = server.push_from(gate)
+    assert error_kind(reply.error.reason)[0] == "incident"
+    assert reply.metadata.reply_to_message_id == message.metadata.message_id
+    assert (server.confirmed, asked) == ([], [])
+
+
+def test_a_server_that_cannot_be_asked_ends_nothing(gate: Gate, server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise OSError(101, "Network is unreachable")
+
+    server.receive = fail  # type: ignore[method-assign]
     with caplog.at_level(logging.ERROR, "isocenter"):
         assert server.pull_into(gate) is None
-    assert (server.confirmed, gate.task) == ([], None)
-    assert len(caplog.records) == (trouble == "gone")
+    assert (len(caplog.records), gate.task) == (1, None)
 
 
 class FakeWorker:
