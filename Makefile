@@ -14,7 +14,7 @@ run: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/pytest --numprocesses $(WORKERS) --dist load --maxschedchunk 1 $(ARGS)
 
-# Whole runs at separate sites with whatever can happen to them, and long comparisons: eight minutes.
+# Whole runs at separate sites with whatever can happen to them, and the README's long blocks.
 test-long: $(INSTALLED)
 	@$(BIN)/pytest -m long --numprocesses $(WORKERS) --dist load --maxschedchunk 1 $(ARGS)
 

@@ -112,6 +112,7 @@ MEASURED: list[tuple[str, str, tuple[str, ...]]] = [
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_measurements_run_when_shortened(tmp_path: Path) -> None:
     execute("isocenter phantom small --scale 0.1", tmp_path)
     (tmp_path / "few").mkdir()
@@ -169,6 +170,7 @@ def test_long_comparisons_run_when_shortened(tmp_path: Path, write_site: Callabl
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tables_of_features_run_when_shortened(tmp_path: Path) -> None:
     """On a table laid out as ABIDE's, with its sites' names."""
     random = np.random.default_rng(0)
@@ -199,6 +201,7 @@ def test_tables_of_features_run_when_shortened(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_flowers_own_commands_run_the_app_at_separate_sites(tmp_path: Path) -> None:
     execute(block("loopback"), tmp_path)
 
