@@ -15,8 +15,9 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, Strict, StrictBool, StrictInt, ValidationError, model_validator
 
 from client.audit import Entry, bytes_since, epsilon_added, epsilon_spent
+from core.closed import Closed
 from core.data.manifest import MAX_UNUSABLE, SITE_NAME
-from core.settings import ClipAndNoise, Closed, DpSgd, MomentPolicy, PrivacyChoice
+from core.settings import ClipAndNoise, DpSgd, MomentPolicy, PrivacyChoice
 
 if TYPE_CHECKING:
     from core.config import RunConfig

@@ -1,6 +1,7 @@
 """Isocenter's concepts, each once, in reading order.
 
 config      RunConfig and load_config: what a run is
+closed      the base of every section of settings
 settings    what a run and a site's policy share, without torch
 seeding     where every random number comes from
 data        what a site holds: manifest, labels, readers, decode, volumes, label maps, cache, site, holdings, sampling, feed,

@@ -32,6 +32,7 @@ from pydantic import (
     model_validator,
 )
 
+from core.closed import Closed
 from core.data.label_maps import LabelChoice
 from core.data.manifest import MAX_UNUSABLE, SITE_NAME
 from core.data.medmnist import MedMnistSource
@@ -43,7 +44,7 @@ from core.data.volumes import VolumeSettings
 from core.losses import OBJECTIVES, DecoupledConditional, EpsSupInfoNCE, FairKL, Joint, Kernel, Objective, SupCon
 from core.losses.fairkl import Divergence, Statistics
 from core.models import EncoderChoice
-from core.settings import Closed, DpSgd, MomentPolicy, PrivacyChoice
+from core.settings import DpSgd, MomentPolicy, PrivacyChoice
 from core.stages import STAGES, StageName
 from core.targets import Target
 

@@ -7,16 +7,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 LARGEST_EPSILON = 100.0
 """Above it a guarantee says nothing, and the exact accountant needs gigabytes."""
-
-
-class Closed(BaseModel):
-    """A frozen set of keys: an unknown one is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -426,7 +426,7 @@ def test_frozen_it_is_replaced(site: Path, asking: ThreadPoolExecutor, monkeypat
     second = pid_of(config)
     os.kill(second, signal.SIGSTOP)
     monkeypatch.setattr(warm, "HELLO_S", 0.5)
-    warm.start(site / "state" / "worker").close()
+    warm.start(site / "state" / "worker", Asker.this_app()).close()
     assert not lives(second)
 
 
